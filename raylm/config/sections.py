@@ -1,0 +1,53 @@
+"""The sections that training shares with everything else: the run, the model, the cluster."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raylm.config.base import Section
+
+Attention = Literal["auto", "segments", "sdpa", "eager", "flash_attention_2"]
+
+
+class RunSection(Section):
+    """Where a run writes, and the seed that its order, dropout and initialisation come from."""
+
+    dir: str = Field("runs/train", min_length=1)
+    """Folder that everything the run produces lies under. On a cluster all nodes must see it."""
+    storage_path: str | None = None
+    """Absolute folder that a relative `run.dir` is resolved against; without it, the current folder."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the data order, of dropout and of new weights."""
+    overwrite: bool = False
+    """Delete a former run in `run.dir` first. Folders that hold no raylm run are never deleted."""
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    path: str = Field(min_length=1)
+    """Hub id, folder, or GGUF file; `pkg://PACKAGE/FILE` names a file that an installed Python package ships."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model repository ships. Off unless you trust its author."""
+    attention: Attention = "auto"
+    """How packed sequences attend: `auto` takes flash_attention_2 on a GPU that has it, else `segments` (SDPA one
+    sequence at a time); `sdpa` and `eager` use a block-diagonal mask."""
+
+
+class ClusterSection(Section):
+    """What the run asks of Ray."""
+
+    address: str | None = None
+    """Address of a running cluster. Without it: the cluster that RAY_ADDRESS names or that this job runs on, else
+    a local one for the length of the call."""
+    num_workers: int = Field(1, ge=1)
+    """Training workers (ranks)."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] | None = None
+    """CPUs of each worker, which are its threads on a machine without GPU. Default: the cluster's CPUs divided by
+    the workers without GPU, 1 with."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """Give each worker one GPU; `auto` does where the cluster has enough."""
+    max_failures: int = Field(3, ge=0)
+    """Times a run restarts from its newest checkpoint after losing a worker."""

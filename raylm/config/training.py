@@ -1,0 +1,113 @@
+"""The sections that say how weights are changed: training, optimizer, schedule, LoRA, checkpoints, export."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raylm.config.base import Section
+
+Precision = Literal["auto", "bf16", "fp32"]
+ExportDtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class TrainingSection(Section):
+    """The step and how often it is taken."""
+
+    method: Literal["full", "lora"] = "full"
+    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`)."""
+    strategy: Literal["auto", "single", "ddp"] = "auto"
+    """How ranks share the work; `auto` is `single` for one worker and `ddp` for more."""
+    num_epochs: int = Field(1, ge=1)
+    """Passes over the data; `max_steps` can end the run earlier."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps at most."""
+    global_batch_size: int = Field(8, ge=1)
+    """Packed rows per optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Packed rows per rank and forward."""
+    precision: Precision = "auto"
+    """`bf16` is autocast over fp32 master weights; `auto` is bf16 where the processor multiplies it natively (GPUs
+    of 2020 and later, CPUs with AMX or AVX512-BF16), else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    resume: str | None = None
+    """`auto` continues from the newest complete checkpoint of `run.dir`; a path names one."""
+    eval_interval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations; without it only at the end. Needs `data.eval`."""
+
+    @model_validator(mode="after")
+    def global_batch_is_a_multiple_of_micro_batch(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size})"
+            )
+        return self
+
+
+class OptimizerSection(Section):
+    """The optimizer (`raylm/optim/table.py` lists the rows)."""
+
+    name: str = "adamw"
+    """Row of the optimizer table."""
+    learning_rate: float = Field(2e-5, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled decay of matrices; norms and biases never decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient's global norm is clipped to this."""
+    options: dict[str, float | bool | str | tuple[float, ...]] = {}
+    """Further arguments of the optimizer, under its own names, such as `betas` or `eps`."""
+
+
+class ScheduleSection(Section):
+    """The learning rate over steps."""
+
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the rate rises linearly from 0."""
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of the peak rate at the last step (linear and cosine)."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters (arXiv:2106.09685), through PEFT. Used when `training.method` is `lora`."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear modules to adapt; `all-linear` is all but the output layer."""
+
+
+class CheckpointSection(Section):
+    """What is saved for resuming, and for how long."""
+
+    interval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; without it only one at the end."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest evaluation loss as well."""
+
+
+class ExportSection(Section):
+    """The model folder a run ends with."""
+
+    enabled: bool = True
+    """Write `run.dir`/export when training ends."""
+    dtype: ExportDtype = "auto"
+    """Storage type of the weights; `auto` is that of the base model's configuration, bf16 where it names none."""
+
+
+class MetricsSection(Section):
+    """Where figures go besides metrics.jsonl and loss.png, which are always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    log_interval_steps: int = Field(1, ge=1)
+    """Steps between lines of metrics.jsonl; in between nothing is read back from the device."""

@@ -1,0 +1,90 @@
+"""The configuration tree of a training run, and the rules that reach across sections."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from raylm.config.base import Section
+from raylm.config.data import DataSection
+from raylm.config.sections import ClusterSection, ModelSection, RunSection
+from raylm.config.training import (
+    CheckpointSection,
+    ExportSection,
+    LoraSection,
+    MetricsSection,
+    OptimizerSection,
+    ScheduleSection,
+    TrainingSection,
+)
+
+
+class TrainConfig(Section):
+    """Everything `raylm train` needs; one tree for the CLI, the SDK and jobs."""
+
+    model: ModelSection
+    data: DataSection
+    run: RunSection = RunSection()
+    training: TrainingSection = TrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    lora: LoraSection | None = None
+    checkpoint: CheckpointSection = CheckpointSection()
+    export: ExportSection = ExportSection()
+    metrics: MetricsSection = MetricsSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @model_validator(mode="after")
+    def strategy_fits_the_number_of_workers(self) -> Self:
+        if self.training.strategy == "single" and self.cluster.num_workers > 1:
+            raise ValueError(
+                f"training.strategy=single excludes cluster.num_workers={self.cluster.num_workers}. "
+                "Set training.strategy=ddp, or one worker"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def every_rank_has_the_same_number_of_micro_batches(self) -> Self:
+        per_pass = self.training.micro_batch_size * self.cluster.num_workers
+        if self.training.global_batch_size % per_pass:
+            raise ValueError(
+                f"training.global_batch_size={self.training.global_batch_size} must be a multiple of "
+                f"training.micro_batch_size x cluster.num_workers = {per_pass}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def lora_settings_go_with_the_lora_method(self) -> Self:
+        if self.lora is not None and self.training.method != "lora":
+            raise ValueError(
+                f"section lora excludes training.method={self.training.method}. Set training.method=lora, or drop lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def evaluation_interval_needs_evaluation_data(self) -> Self:
+        if self.training.eval_interval_steps and not self.data.eval:
+            raise ValueError("training.eval_interval_steps needs data.eval. Name an evaluation file, or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def overwriting_excludes_resuming(self) -> Self:
+        if self.run.overwrite and self.training.resume:
+            raise ValueError("run.overwrite=true excludes training.resume, which needs the former run. Drop one")
+        return self
+
+    @property
+    def lora_or_default(self) -> LoraSection:
+        """The LoRA settings in force when `training.method` is `lora`."""
+        return self.lora or LoraSection()
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per rank and step."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.cluster.num_workers)
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy with `auto` resolved."""
+        if self.training.strategy != "auto":
+            return self.training.strategy
+        return "single" if self.cluster.num_workers == 1 else "ddp"

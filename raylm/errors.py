@@ -1,0 +1,49 @@
+"""The faults a user can mend, one class per fault a caller can act on.
+
+Everything else that is raised is a bug of ours and keeps its traceback. Each error says where the fault is, what it
+is and what to do. The arguments are handed to `Exception` as given, so an error raised in a Ray worker unpickles on
+the driver as itself.
+"""
+
+
+class RaylmError(Exception):
+    """A fault the user can mend. The CLI prints it in one line and exits 2."""
+
+    def __init__(self, where: str, problem: str, remedy: str = "") -> None:
+        super().__init__(where, problem, remedy)
+        self.where, self.problem, self.remedy = where, problem, remedy
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (f"{self.where}: {self.problem}", self.remedy)))
+
+
+class ConfigError(RaylmError):
+    """A configuration that cannot be read, or whose values do not fit together."""
+
+
+class DataError(RaylmError):
+    """A dataset file or row that cannot be used."""
+
+
+class ModelError(RaylmError):
+    """A model folder, tokenizer or adapter that cannot be loaded, or does not fit the configuration."""
+
+
+class RunDirError(RaylmError):
+    """A run directory that cannot be written, or that belongs to another run."""
+
+
+class CheckpointError(RaylmError):
+    """A checkpoint that cannot be written, is incomplete, or belongs to another configuration."""
+
+
+class ClusterError(RaylmError):
+    """A cluster that cannot be reached or lacks what was asked of it."""
+
+
+class TrainingError(RaylmError):
+    """A training run that had to stop, such as a non-finite loss."""
+
+
+class ServingError(RaylmError):
+    """A server that cannot start, or a request to one that failed."""
