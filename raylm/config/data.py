@@ -33,5 +33,3 @@ class DataSection(Section):
     """A malformed row stops the run, or goes to rejected.jsonl in the run directory and is counted."""
     max_rejected_share: float = Field(0.2, ge=0, le=1)
     """Stop when more than this share of the rows is rejected (malformed, too long, nothing to train on)."""
-    num_cpus: float = Field(0.5, gt=0)
-    """Logical CPUs of one reading or tokenising task."""

@@ -1,0 +1,59 @@
+"""A model in: configuration checks that need no weights, then weights in fp32 as master copy."""
+
+from typing import Any
+
+import torch
+
+from raylm.config.sections import ModelSection
+from raylm.errors import ModelError
+from raylm.models.attention import resolve_attention
+from raylm.models.folder import as_folder, is_adapter
+
+
+def load_config(section: ModelSection) -> Any:
+    """The transformers configuration of a model. Raises ModelError."""
+    from transformers import AutoConfig
+
+    folder = as_folder(section.path, section.revision)
+    if is_adapter(folder):
+        raise ModelError(section.path, "is an adapter, not a whole model.", "Give the model it was trained on.")
+    try:
+        return AutoConfig.from_pretrained(
+            folder, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(section.path, f"cannot be loaded: {_first_line(error)}", "Check model.path.") from None
+
+
+def check_max_seq_len(section: ModelSection, model_config: Any, max_seq_len: int) -> None:
+    """Raises ModelError when rows could be longer than the model's positions."""
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_seq_len > limit:
+        raise ModelError(
+            "data.max_seq_len",
+            f"{max_seq_len} is above the {limit} positions of {section.path}.",
+            f"Set data.max_seq_len={limit} or less.",
+        )
+
+
+def load_model(section: ModelSection, device: torch.device) -> Any:
+    """A causal language model in fp32 on `device`, ready for packed rows. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            as_folder(section.path, section.revision),
+            revision=section.revision,
+            dtype=torch.float32,
+            attn_implementation=resolve_attention(section.attention, device),
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(section.path, f"cannot be loaded: {_first_line(error)}", "Check model.path.") from None
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,74 @@
+"""The next-token loss: only the positions that carry loss reach the output layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk_tokens: int = 1024
+) -> Tensor:
+    """Summed cross-entropy in nats over the positions that carry loss; the caller divides by the global count.
+
+    hidden: (tokens, hidden_size), already aligned with labels; weight: (vocab_size, hidden_size); bias: (vocab_size,).
+    labels: (tokens,) int64, IGNORE_INDEX where there is no loss. Gradients are computed together with the loss,
+    chunk_tokens positions at a time: no logits are kept, and peak memory is chunk_tokens x vocab_size x 4 bytes.
+    Under autocast the products run in its dtype; loss and softmax are fp32. Returns a 0-d fp32 tensor; 0, with a
+    gradient, when nothing carries loss.
+    """
+    carries = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    loss: Tensor = _FusedLoss.apply(hidden.index_select(0, carries), weight, bias, labels[carries], chunk_tokens, dtype)
+    return loss
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Loss and gradients in one pass: d(logits) = softmax - onehot needs nothing that the backward pass brings."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, dtype: torch.dtype
+    ) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        states, head = hidden.to(dtype), weight.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(states) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
+        for start in range(0, len(labels), chunk):
+            part, target = states[start : start + chunk], labels[start : start + chunk, None]
+            logits = (part @ head.t()).float()
+            if bias is not None:
+                logits += bias
+            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+            loss += (normaliser - logits.gather(1, target)).sum()
+            if not (need_hidden or need_weight or need_bias):
+                continue
+            delta = logits.sub_(normaliser).exp_()
+            delta.scatter_add_(1, target, delta.new_full((1, 1), -1.0).expand(len(target), 1))
+            if grad_bias is not None:
+                grad_bias += delta.sum(0)
+            delta = delta.to(dtype)
+            if grad_hidden is not None:
+                torch.mm(delta, head, out=grad_hidden[start : start + chunk])
+            if grad_weight is not None:
+                if dtype == torch.float32:
+                    grad_weight.addmm_(delta.t(), part)
+                else:
+                    grad_weight += delta.t() @ part
+        ctx.grads = (
+            grad_hidden.to(hidden.dtype) if grad_hidden is not None else None,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_bias,
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grads = tuple(None if grad is None else grad.mul_(grad_output) for grad in ctx.grads)
+        ctx.grads = None
+        return (*grads, None, None, None)

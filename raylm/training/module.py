@@ -1,0 +1,86 @@
+"""The module a strategy wraps: a batch in, a summed loss out.
+
+The decoder runs on all tokens, the output layer only where there are labels. That needs an output layer which is a
+plain linear map of the decoder's last state, and attention which keeps packed sequences apart. Both are checked on the
+loaded model with a small probe, never assumed from its name.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raylm.errors import ModelError
+from raylm.models.adapters import base_of
+from raylm.models.attention import packed_arguments
+from raylm.training.batch import Batch, batch_of
+from raylm.training.losses import next_token_loss
+
+PROBE_TOLERANCE = 1e-3
+
+
+class LossModule(nn.Module):
+    """A causal language model (or its PEFT form) with the next-token loss as its forward."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Summed loss in nats over the batch's labels, 0-d fp32."""
+        causal = base_of(self.model)
+        head = causal.get_output_embeddings()
+        hidden = self._hidden(causal, batch)
+        return next_token_loss(hidden, head.weight, getattr(head, "bias", None), batch.labels)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Names, without this wrapper's own prefix, and parameters that require gradients."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _hidden(self, causal: Any, batch: Batch) -> Tensor:
+        decoder = getattr(causal, causal.base_model_prefix)
+        output = decoder(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **packed_arguments(batch.seq_lengths, causal.config._attn_implementation),
+        )
+        return output.last_hidden_state[0]
+
+
+@torch.no_grad()
+def check_model(module: LossModule, name: str, *, packing: bool) -> None:
+    """Runs three short random sequences packed and alone.
+
+    Raises ModelError when a packed sequence sees its neighbours, or when the output layer does more than a product
+    (scaling, capping), so that the loss would not be the model's.
+    """
+    causal = base_of(module.model)
+    device = next(module.parameters()).device
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, causal.config.get_text_config().vocab_size, n).astype(np.int32) for n in (5, 9, 7)]
+    was_training = module.training
+    module.eval()
+    alone = [_states(module, [ids], device) for ids in sequences]
+    head = causal.get_output_embeddings()
+    ours = torch.nn.functional.linear(alone[1], head.weight, getattr(head, "bias", None))
+    theirs = causal(
+        input_ids=torch.from_numpy(sequences[1].astype(np.int64))[None].to(device), use_cache=False
+    ).logits[0]
+    if not _close(ours, theirs):
+        raise ModelError(name, "its output layer scales or caps the logits, which is not supported yet.")
+    if packing and not _close(_states(module, sequences, device), torch.cat(alone)):
+        raise ModelError(
+            name, "lets packed sequences see each other.", "Set data.packing=false, or try model.attention=sdpa."
+        )
+    module.train(was_training)
+
+
+def _states(module: LossModule, sequences: list[np.ndarray], device: torch.device) -> Tensor:
+    batch = batch_of(sequences, [np.ones(len(ids), bool) for ids in sequences])
+    return module._hidden(base_of(module.model), batch.to(device))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= PROBE_TOLERANCE * other.abs().max().clamp(min=1.0))
