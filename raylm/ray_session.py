@@ -1,0 +1,75 @@
+"""A Ray to work on: the one that is there, or a local one for the length of the call."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from raylm.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+LOCAL_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's workers run at nice 15 otherwise
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@contextmanager
+def ray_session(
+    address: str | None, *, num_cpus: int, environment: Mapping[str, str] | None = None
+) -> Iterator[Any]:
+    """Yields the `ray` module, connected: to the session that is open, else to `address`, RAY_ADDRESS or the cluster
+    of this job, else to a local instance with `num_cpus` logical CPUs that ends with the block.
+
+    environment: variables a local instance starts with. Raises ClusterError when a named cluster does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    remote = address or os.environ.get("RAY_ADDRESS")
+    if remote:
+        try:
+            ray.init(address=remote, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ClusterError(
+                f"Ray cluster {remote}", f"does not answer: {reason}", "Start it, or unset RAY_ADDRESS."
+            ) from None
+        logger.info("connected to the Ray cluster at %s", remote)
+    else:
+        with _environment({**LOCAL_ENVIRONMENT, **(environment or {})}):
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        logger.info("started a local Ray with %d logical CPUs", num_cpus)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def inside_ray_job() -> bool:
+    """True in the driver of `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables that are not set yet, for the length of the block."""
+    added = [name for name in values if name not in os.environ]
+    os.environ.update({name: values[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

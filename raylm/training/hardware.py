@@ -1,0 +1,56 @@
+"""What the processor can do: which precision is native, how fast its matrix products are, how much memory is used."""
+
+import time
+
+import torch
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`training.precision` with auto resolved: bf16 where the processor multiplies it natively, else fp32.
+
+    A CPU without AMX or AVX512-BF16 converts every element: on such a machine bf16 products are several times slower
+    than fp32 ones.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
+@torch.no_grad()
+def matmul_peak_flops(precision: str, device: torch.device, *, size: int = 1024, repeats: int = 5) -> float:
+    """Floating-point operations per second of a square matrix product, best of some: the peak that MFU refers to."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = size if device.type == "cpu" else 8192
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        _wait(device)
+        started = time.perf_counter()
+        torch.mm(one, other)
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def matrix_parameters(module: torch.nn.Module) -> int:
+    """Elements of all matrices (embedding and output layer counted once when tied): 6 times this is what a token
+    costs in a forward and backward pass by the usual rule."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Peak device memory and resident host memory of this process, in GiB."""
+    import psutil
+
+    figures = {"host_gib": psutil.Process().memory_info().rss / 2**30}
+    if device.type == "cuda":
+        figures["device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return figures
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,168 @@
+"""The training loop: plain PyTorch, no Ray. It receives batches, a strategy and hooks, and knows no files.
+
+Called by Ray Train workers, by unit tests and by a profiler alike.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from raylm.config.training import ScheduleSection
+from raylm.errors import TrainingError
+from raylm.optim.schedules import learning_rate_factor
+from raylm.training.batch import Batch
+from raylm.training.strategies.base import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Figures of one optimizer step over all ranks. loss: nats per label; tokens: all, loss_tokens: labels;
+    grad_norm: before clipping; seconds: wall time of the step, waiting for data included."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    loss_tokens: int
+    seconds: float
+    data_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Loss over an evaluation set, each label weighing the same. loss: nats per label."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """When the loop does what. Steps count from 1 once done; None means only at the end."""
+
+    num_steps: int
+    max_grad_norm: float
+    seed: int
+    precision: str
+    schedule: ScheduleSection
+    eval_interval_steps: int | None = None
+    save_interval_steps: int | None = None
+
+
+class Hooks(Protocol):
+    """What the loop calls on every rank. `save` follows an evaluation of the same step and receives its result."""
+
+    def step_done(self, result: StepResult) -> None:
+        """After each optimizer step."""
+        ...
+
+    def evaluate(self, step: int) -> EvalResult | None:
+        """At evaluation steps; None when there is nothing to evaluate on."""
+        ...
+
+    def save(self, step: int, evaluation: EvalResult | None) -> None:
+        """At checkpoint steps."""
+        ...
+
+
+def run_loop(
+    strategy: Strategy, steps: Iterable[Sequence[Batch]], settings: LoopSettings, hooks: Hooks, *, start_step: int = 0
+) -> None:
+    """Trains from `start_step` to the end. steps: this rank's micro-batches of each global batch, in order.
+
+    Raises TrainingError before the update when loss or gradient is not finite.
+    """
+    base_rates = [group["lr"] for group in strategy.optimizer.param_groups]
+    iterator: Iterator[Sequence[Batch]] = iter(steps)
+    strategy.module.train()
+    for step in range(start_step, settings.num_steps):
+        started = time.perf_counter()
+        micro_batches = next(iterator)
+        data_seconds = time.perf_counter() - started
+        factor = learning_rate_factor(settings.schedule, step, settings.num_steps)
+        for group, rate in zip(strategy.optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = rate * factor
+        # Dropout is a function of (seed, step, rank): there is no generator state to save or to lose.
+        torch.manual_seed(settings.seed * 1_000_003 + step * 4_099 + strategy.rank)
+        loss, grad_norm, tokens, loss_tokens = train_step(
+            strategy, micro_batches, max_grad_norm=settings.max_grad_norm, precision=settings.precision, step=step + 1
+        )
+        seconds = time.perf_counter() - started
+        rate = base_rates[0] * factor
+        hooks.step_done(StepResult(step + 1, loss, grad_norm, rate, tokens, loss_tokens, seconds, data_seconds))
+        _after_step(step + 1, settings, hooks)
+
+
+def train_step(
+    strategy: Strategy, micro_batches: Sequence[Batch], *, max_grad_norm: float, precision: str, step: int
+) -> tuple[float, float, int, int]:
+    """One optimizer step over one global batch; returns loss per label, gradient norm, tokens and labels, of all ranks.
+
+    Every loss-carrying token weighs the same, however packing, accumulation and ranks split the batch. Raises
+    TrainingError before the update when loss or gradient is not finite.
+    """
+    counts = torch.tensor(
+        [sum(batch.num_tokens for batch in micro_batches), sum(batch.loss_tokens for batch in micro_batches)],
+        dtype=torch.int64,
+        device=strategy.device,
+    )
+    tokens, loss_tokens = (int(value) for value in strategy.sum_over_ranks(counts))
+    loss_sum = torch.zeros((), device=strategy.device)
+    for index, batch in enumerate(micro_batches):
+        with strategy.accumulate(last=index == len(micro_batches) - 1):  # around forward too: DDP decides there
+            with autocast(precision, strategy.device):
+                loss = strategy.loss(batch.to(strategy.device))  # a sum, not a mean
+            strategy.backward(loss / loss_tokens)
+        loss_sum += loss.detach()
+    mean_loss = float(strategy.sum_over_ranks(loss_sum)) / loss_tokens
+    grad_norm = float(strategy.clip_grad_norm(max_grad_norm))
+    if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+        raise TrainingError(
+            f"step {step}",
+            f"the loss is {mean_loss} and the gradient norm {grad_norm}; the weights were not updated.",
+            "Lower optimizer.learning_rate, or look for damaged rows in the data.",
+        )
+    strategy.optimizer.step()
+    strategy.optimizer.zero_grad(set_to_none=True)
+    return mean_loss, grad_norm, tokens, loss_tokens
+
+
+@torch.no_grad()
+def evaluate(strategy: Strategy, batches: Iterable[Batch], *, precision: str) -> EvalResult:
+    """The loss over this and all other ranks' batches; ranks may have different numbers of them."""
+    strategy.module.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
+    for batch in batches:
+        with autocast(precision, strategy.device):
+            sums[0] += strategy.module(batch.to(strategy.device)).double()  # not through DDP: no collectives
+        sums[1] += batch.loss_tokens
+    strategy.module.train()
+    loss, tokens = strategy.sum_over_ranks(sums).tolist()
+    return EvalResult(loss / tokens, int(tokens))
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """The autocast context of a precision; none for fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _after_step(step: int, settings: LoopSettings, hooks: Hooks) -> None:
+    last = step == settings.num_steps
+    evaluation = hooks.evaluate(step) if last or _due(step, settings.eval_interval_steps) else None
+    if last or _due(step, settings.save_interval_steps):
+        hooks.save(step, evaluation)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,0 +1,208 @@
+"""The glue that runs worker.py inside ray.train.torch.TorchTrainer. The only file of this room that knows Ray Train."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raylm import errors
+from raylm.config import TrainConfig
+from raylm.data.stream import MicroBatch, micro_batches, ordered_stream, split_in_turn, to_micro_batch
+from raylm.errors import ClusterError, RaylmError, TrainingError
+from raylm.training.checkpoint import newest_checkpoint, read_meta
+from raylm.training.run_dir import CONFIG_FILE, RunDir
+from raylm.training.worker import WorkerData, WorkerJob, run_worker, write_failure
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What each worker gets."""
+
+    num_workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainData:
+    """Object references of the token store, the plan and the evaluation blocks."""
+
+    store: Any
+    plan: Any
+    evaluation: list[Any]
+
+
+def plan_resources(config: TrainConfig, cluster: dict[str, float]) -> Resources:
+    """Workers and their CPUs and GPUs on a cluster of the given resources; one CPU is left for the data.
+
+    Raises ClusterError when the cluster is too small.
+    """
+    section = config.cluster
+    cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
+    use_gpu = gpus >= section.num_workers if section.use_gpu == "auto" else section.use_gpu
+    if use_gpu and gpus < section.num_workers:
+        raise ClusterError(
+            "cluster.num_workers",
+            f"{section.num_workers} workers with a GPU each need {section.num_workers} GPUs, the cluster has {gpus}.",
+            "Ask for fewer workers, or set cluster.use_gpu=false.",
+        )
+    share = 1 if use_gpu else max(1, (cpus - 1) // section.num_workers)
+    per_worker = section.cpus_per_worker or share
+    needed = section.num_workers * per_worker + 1
+    if needed > cpus:
+        raise ClusterError(
+            "cluster.num_workers",
+            f"{section.num_workers} workers of {per_worker} CPUs and one CPU for the data need {needed} CPUs, "
+            f"the cluster has {cpus}.",
+            "Ask for fewer workers or CPUs, or start a larger cluster.",
+        )
+    return Resources(section.num_workers, per_worker, use_gpu)
+
+
+def fit(job: WorkerJob, data: TrainData, resources: Resources) -> dict[str, Any]:
+    """Runs the job on Ray Train to its end; a lost worker restarts it from the newest complete checkpoint.
+
+    Returns the last reported figures. Raises the RaylmError a worker stopped for, or TrainingError.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = job.config
+    trainer = TorchTrainer(
+        _train_function,
+        train_loop_config={"job": job, "evaluation": data.evaluation},
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        datasets={"train": _StreamFactory(job, data)},
+        dataset_config=_data_config(),
+        run_config=RunConfig(
+            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(job.run.ray),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        _raise_failure(job.run)
+        raise _as_training_error(error) from error
+    _raise_failure(job.run)
+    return dict(result.metrics or {})
+
+
+class _StreamFactory:
+    """Builds the training stream when a group of workers starts: from the newest checkpoint there is by then."""
+
+    def __init__(self, job: WorkerJob, data: TrainData) -> None:
+        self._job, self._data = job, data
+
+    def __call__(self) -> Any:
+        config = self._job.config
+        start = start_point(self._job)
+        return ordered_stream(
+            self._data.store,
+            self._data.plan,
+            start_step=read_meta(start).step if start else 0,
+            num_steps=self._job.num_steps,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+        )
+
+
+def start_point(job: WorkerJob) -> Path | None:
+    """The checkpoint a group of workers starts from: the newest that this run has written, else the one resumed from."""
+    newest = newest_checkpoint(job.run.checkpoints)
+    if newest and job.start_from and job.start_from.parent == job.run.checkpoints:
+        return max(newest, job.start_from)
+    return newest or job.start_from
+
+
+def _data_config() -> Any:
+    from ray.train import DataConfig
+
+    class InTurn(DataConfig):
+        """Deals the blocks of the stream to the workers in turn (data/stream.py)."""
+
+        def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
+            splits = {name: split_in_turn(dataset, world_size) for name, dataset in datasets.items()}
+            return [{name: parts[rank] for name, parts in splits.items()} for rank in range(world_size)]
+
+    return InTurn()
+
+
+def _train_function(settings: dict[str, Any]) -> None:
+    """The entry of a Ray Train worker: turns Ray's context into plain values.
+
+    An error the user can mend is written down and ends the worker quietly: Ray Train would restart it in vain.
+    """
+    import ray.train
+    import torch
+
+    job: WorkerJob = settings["job"]
+    if job.run.failure.exists():
+        return
+    context = ray.train.get_context()
+    try:
+        if not (job.run.path / CONFIG_FILE).is_file():
+            raise ClusterError(str(job.run.path), "is not visible on all nodes.", "Set run.storage_path to shared storage.")
+        if torch.cuda.is_available() and ray.get_gpu_ids():
+            device = ray.train.torch.get_device()
+        else:
+            device = torch.device("cpu")
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        rank, world_size = context.get_world_rank(), context.get_world_size()
+        data = WorkerData(
+            train=lambda: micro_batches(ray.train.get_dataset_shard("train"), job.config.training.micro_batch_size),
+            evaluation=_evaluation(settings["evaluation"], rank, world_size),
+        )
+        run_worker(
+            replace(job, start_from=start_point(job)),
+            data,
+            device,
+            rank=rank,
+            world_size=world_size,
+            report=lambda figures: ray.train.report(figures),
+        )
+    except RaylmError as error:
+        write_failure(job.run, error)
+
+
+def _evaluation(blocks: list[Any], rank: int, world_size: int) -> Callable[[], Iterable[MicroBatch]] | None:
+    import ray
+
+    if not blocks:
+        return None
+
+    def read() -> Iterator[MicroBatch]:
+        for block in blocks[rank::world_size]:
+            yield to_micro_batch(ray.get(block))
+
+    return read
+
+
+def _raise_failure(run: RunDir) -> None:
+    if run.failure.is_file():
+        failure = json.loads(run.failure.read_text())
+        raise getattr(errors, failure["kind"])(*failure["arguments"])
+
+
+def _as_training_error(error: Exception) -> Exception:
+    """What Ray Train gives up with, in one sentence for lost workers; faults in the code keep their traceback."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return error
+    first = next(iter(failures.values()))
+    if "ActorDiedError" in type(first).__name__ or "WorkerDied" in str(type(first)):
+        return TrainingError(
+            "training",
+            f"workers were lost more often than cluster.max_failures allows: {str(first).splitlines()[0]}",
+            "Continue with training.resume=auto.",
+        )
+    return error

@@ -1,0 +1,228 @@
+"""A training run from its configuration to an exported model: the driver's side of `raylm.train`."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raylm.config import TrainConfig
+from raylm.data.plan import RunPlan, plan_run
+from raylm.data.report import DataReport
+from raylm.data.sources import list_files
+from raylm.data.templates import ChatTemplate
+from raylm.errors import CheckpointError
+from raylm.ray_session import ray_session
+from raylm.training.checkpoint import check_identity, newest_checkpoint, read_meta
+from raylm.training.metrics import EventsWriter, plot_losses
+from raylm.training.progress import watch_run
+from raylm.training.run_dir import RunDir, locate_run_dir, open_run_dir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run left behind. metrics: the figures of the last step, such as `train/loss` and `eval/loss`;
+    seconds: wall time of each phase; data: rows read, used, and rejected by reason."""
+
+    run_dir: str
+    export_dir: str | None
+    adapter_dir: str | None
+    steps: int
+    metrics: dict[str, Any]
+    data: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_training(config: TrainConfig) -> TrainResult:
+    """Trains as configured and returns where everything lies.
+
+    Faults of the configuration, the data files, the model's settings and the run directory are raised before Ray
+    starts or a model loads. Raises RaylmError.
+    """
+    clock = _Clock()
+    config = _with_absolute_paths(config)
+    model_config, tokenizer_source = _check_before_start(config)
+    run = open_run_dir(config)
+    events = EventsWriter(run.path)
+    local_cpus = max(os.cpu_count() or 1, config.cluster.num_workers * (config.cluster.cpus_per_worker or 1) + 1)
+    with watch_run(run.path), _session(config, local_cpus, events) as ray:
+        from raylm.training.ray_trainer import TrainData, fit, plan_resources
+
+        resources = plan_resources(config, ray.cluster_resources())
+        clock.lap("start_ray")
+        events.write("tokenising")
+        store, report, evaluation = _prepare_data(config, tokenizer_source, run)
+        plan = _plan(config, store.lengths)
+        job = _job(config, run, plan, store, report)
+        clock.lap("tokenise")
+        metrics = fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
+        clock.lap("train")
+    plot_losses(run.path, run.path / "loss.png")
+    events.write("done")
+    lora = config.training.method == "lora" and config.export.enabled
+    return TrainResult(
+        run_dir=str(run.path),
+        export_dir=str(run.export) if config.export.enabled else None,
+        adapter_dir=str(run.adapter) if lora else None,
+        steps=plan.num_steps,
+        metrics=metrics,
+        data=report.summary(),
+        seconds=clock.laps,
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 2)
+        self._last = now
+
+
+def _session(config: TrainConfig, local_cpus: int, events: EventsWriter) -> Any:
+    events.write("starting Ray")
+    return ray_session(config.cluster.address, num_cpus=local_cpus)
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration as workers on any node should see it: paths of local files absolute, run.dir too."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
+
+    data = config.data.model_copy(
+        update={
+            "train": tuple(absolute(path) for path in config.data.train),
+            "eval": tuple(absolute(path) for path in config.data.eval),
+        }
+    )
+    model = config.model.model_copy(update={"path": absolute(config.model.path)})
+    run = config.run.model_copy(update={"dir": str(locate_run_dir(config))})
+    return config.model_copy(update={"data": data, "model": model, "run": run})
+
+
+def _check_before_start(config: TrainConfig) -> tuple[Any, Any]:
+    """Everything that can be known to be wrong without Ray and without weights."""
+    from raylm.data.store import TokenizerSource
+    from raylm.models.folder import as_folder
+    from raylm.models.load import check_max_seq_len, load_config
+    from raylm.optim.build import check_optimizer
+
+    for paths in (config.data.train, config.data.eval):
+        list_files(paths)
+    check_optimizer(config.optimizer)
+    section = config.model
+    model_config = load_config(section)
+    check_max_seq_len(section, model_config, config.data.max_seq_len)
+    source = TokenizerSource(
+        as_folder(section.path, section.revision), section.path, section.revision, section.trust_remote_code
+    )
+    ChatTemplate(source.load(), section.path)
+    return model_config, source
+
+
+def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, DataReport, list[Any]]:
+    import ray
+
+    from raylm.data.store import tokenize_files
+    from raylm.data.stream import materialized_blocks, ordered_stream
+
+    section, micro = config.data, config.training.micro_batch_size
+    store, report = tokenize_files(section.train, section, source)
+    report.write_rejected(run.path / "rejected.jsonl")
+    report.check("data.train", on_bad_row=section.on_bad_row, max_rejected_share=section.max_rejected_share)
+    logger.info("data.train: %d rows, %d used, rejected: %s", report.rows, report.used, report.describe_rejected())
+    blocks: list[Any] = []
+    if section.eval:
+        eval_store, eval_report = tokenize_files(section.eval, section, source)
+        eval_report.write_rejected(run.path / "rejected-eval.jsonl")
+        eval_report.check("data.eval", on_bad_row=section.on_bad_row, max_rejected_share=section.max_rejected_share)
+        plan = plan_run(
+            eval_store.lengths,
+            max_seq_len=section.max_seq_len,
+            packing=section.packing,
+            shuffle=False,
+            seed=0,
+            num_epochs=1,
+            global_batch_size=micro,
+        )
+        stream = ordered_stream(
+            ray.put(eval_store),
+            ray.put(plan),
+            start_step=0,
+            num_steps=plan.num_steps,
+            global_batch_size=micro,
+            micro_batch_size=micro,
+        )
+        blocks = materialized_blocks(stream)
+    return store, report, blocks
+
+
+def _plan(config: TrainConfig, lengths: Any) -> RunPlan:
+    return plan_run(
+        lengths,
+        max_seq_len=config.data.max_seq_len,
+        packing=config.data.packing,
+        shuffle=config.data.shuffle,
+        seed=config.run.seed,
+        num_epochs=config.training.num_epochs,
+        global_batch_size=config.training.global_batch_size,
+        max_steps=config.training.max_steps,
+    )
+
+
+def _job(config: TrainConfig, run: RunDir, plan: RunPlan, store: Any, report: DataReport) -> Any:
+    from raylm.training.worker import WorkerJob
+
+    summary = {**report.summary(), "files": list(store.file_names), "num_steps": plan.num_steps}
+    (run.path / "data.json").write_text(json.dumps(summary, indent=1))
+    identity = _identity(config, store, report)
+    start_from = _resume_point(config, run, identity)
+    steps_per_epoch = tuple(plan.steps_in_epoch(epoch) for epoch in range(len(plan.epochs)))
+    return WorkerJob(config, run, plan.num_steps, steps_per_epoch, identity, start_from)
+
+
+def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, Any]:
+    """What resuming may not change: everything that the numbers of a step depend on, and the data themselves."""
+    tree = config.model_dump(mode="json")
+    identity = {
+        "model.path": tree["model"]["path"],
+        "run.seed": tree["run"]["seed"],
+        "data.max_seq_len": tree["data"]["max_seq_len"],
+        "data.packing": tree["data"]["packing"],
+        "data.shuffle": tree["data"]["shuffle"],
+        "training.method": tree["training"]["method"],
+        "training.global_batch_size": tree["training"]["global_batch_size"],
+        "optimizer": tree["optimizer"],
+        "schedule": tree["schedule"],
+        "lora": config.lora_or_default.model_dump(mode="json") if config.training.method == "lora" else None,
+        "data (its rows)": hashlib.sha256(store.lengths.tobytes() + str(report.loss_tokens).encode()).hexdigest(),
+    }
+    return dict(json.loads(json.dumps(identity)))
+
+
+def _resume_point(config: TrainConfig, run: RunDir, identity: dict[str, Any]) -> Path | None:
+    resume = config.training.resume
+    if resume is None:
+        return None
+    if resume != "auto":
+        path = Path(resume).expanduser().resolve()
+        check_identity(path, read_meta(path), identity)
+        return path
+    newest = newest_checkpoint(run.checkpoints)
+    if newest is None:
+        if run.checkpoints.is_dir() and any(run.checkpoints.glob("step-*")):
+            raise CheckpointError(str(run.checkpoints), "holds no complete checkpoint.", "Start again in a new run.dir.")
+        logger.warning("%s holds no checkpoint yet: starting from the base model", run.path)
+        return None
+    check_identity(newest, read_meta(newest), identity)
+    logger.info("continuing from %s", newest)
+    return newest

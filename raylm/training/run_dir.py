@@ -1,0 +1,95 @@
+"""The run directory: everything a run produces lies under it, and it belongs to one run."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from raylm.config import TrainConfig, dump_yaml
+from raylm.errors import RunDirError
+from raylm.ray_session import inside_ray_job
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The exported model."""
+        return self.path / "export"
+
+    @property
+    def adapter(self) -> Path:
+        """The exported adapter of a LoRA run."""
+        return self.path / "adapter"
+
+    @property
+    def ray(self) -> Path:
+        """Ray Train's own records."""
+        return self.path / "ray"
+
+    @property
+    def failure(self) -> Path:
+        """What a worker stopped for, when it was the user's to mend."""
+        return self.path / "failure.json"
+
+
+def locate_run_dir(config: TrainConfig) -> Path:
+    """The absolute run directory. Raises RunDirError for a relative one inside a Ray job without a storage path:
+    a job's current folder is a temporary copy."""
+    path = Path(config.run.dir).expanduser()
+    if path.is_absolute():
+        return path
+    if config.run.storage_path:
+        base = Path(config.run.storage_path).expanduser()
+        if not base.is_absolute():
+            raise RunDirError("run.storage_path", f"{config.run.storage_path} is not absolute.", "Give a full path.")
+        return base / path
+    if inside_ray_job():
+        raise RunDirError(
+            "run.dir",
+            f"{config.run.dir} is relative, and a Ray job runs in a temporary folder.",
+            "Give an absolute run.dir, or set run.storage_path.",
+        )
+    return Path.cwd() / path
+
+
+def open_run_dir(config: TrainConfig) -> RunDir:
+    """Creates the run directory, or opens it for resuming, and writes the resolved configuration into it.
+
+    Raises RunDirError when it is not writable, is not a raylm run's, or holds another run.
+    """
+    run = RunDir(locate_run_dir(config))
+    path = run.path
+    if path.exists() and not path.is_dir():
+        raise RunDirError(str(path), "is a file.", "Choose another run.dir.")
+    occupied = path.is_dir() and any(path.iterdir())
+    if occupied and not (path / CONFIG_FILE).is_file():
+        raise RunDirError(str(path), "is a folder that holds something else than a run.", "Choose another run.dir.")
+    if occupied and not config.training.resume:
+        if not config.run.overwrite:
+            raise RunDirError(
+                str(path),
+                "holds another run.",
+                "Choose another run.dir, continue it with training.resume=auto, or replace it with run.overwrite=true.",
+            )
+        shutil.rmtree(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        partial = path / f".{CONFIG_FILE}.{os.getpid()}"
+        partial.write_text(dump_yaml(config), encoding="utf-8")
+        partial.rename(path / CONFIG_FILE)
+        run.failure.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunDirError(str(path), f"cannot be written: {error.strerror}.", "Choose another run.dir.") from None
+    return run

@@ -1,0 +1,47 @@
+"""Weights and optimizer state as one flat mapping of named tensors, independent of any strategy.
+
+`model/NAME` is a trainable weight, `optimizer/NAME/KEY` a tensor of its state (a scalar counter becomes a 0-d tensor).
+Weights that do not train are the base model's and are not in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raylm.errors import CheckpointError
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def collect_state(trainable: Named, optimizer: Any) -> dict[str, Tensor]:
+    """The state as references to the live tensors; the caller copies or writes them before the next step."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in trainable:
+        state[f"model/{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer/{name}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return state
+
+
+@torch.no_grad()
+def restore_state(trainable: Named, optimizer: Any, state: Mapping[str, Tensor]) -> None:
+    """Writes a state back. Raises CheckpointError when it is of another model."""
+    expected = {f"model/{name}" for name, _ in trainable}
+    found = {name for name in state if name.startswith("model/")}
+    if expected != found:
+        odd = sorted(expected ^ found)[0].removeprefix("model/")
+        raise CheckpointError("the checkpoint", f"is of another model: {odd} is only in one of them.")
+    for name, parameter in trainable:
+        saved = state[f"model/{name}"]
+        if saved.shape != parameter.shape:
+            raise CheckpointError(
+                "the checkpoint", f"has {name} of shape {tuple(saved.shape)}, the model {tuple(parameter.shape)}."
+            )
+        parameter.copy_(saved)
+        prefix = f"optimizer/{name}/"
+        slots = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if slots:
+            # Counters stay where the optimizer put them (fused AdamW wants its step beside the parameter).
+            optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in slots.items()}

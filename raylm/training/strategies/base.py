@@ -1,0 +1,73 @@
+"""What a training step needs from the way ranks share the work."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from raylm.training.batch import Batch
+from raylm.training.module import LossModule
+
+
+class Strategy(Protocol):
+    """One implementation a file. Gradients of a step are those of the summed loss over all ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    module: LossModule
+    optimizer: torch.optim.Optimizer
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The summed loss of a micro-batch, through whatever wraps the module."""
+        ...
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        """Stands around forward and backward; gradients are exchanged with the last micro-batch only."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradients to those of the step."""
+        ...
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Scales the step's gradients to a global norm of at most max_norm; returns the norm before, 0-d."""
+        ...
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of every rank's value."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Trainable weights and optimizer state as whole, named tensors (training/state.py); called by all ranks."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state` returned."""
+        ...
+
+
+class WholeState:
+    """The parts that strategies with whole parameters on each rank have in common."""
+
+    module: LossModule
+    optimizer: Any
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """See Strategy."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """See Strategy."""
+        from raylm.training.state import collect_state
+
+        return collect_state(self.module.trainable(), self.optimizer)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See Strategy."""
+        from raylm.training.state import restore_state
+
+        restore_state(self.module.trainable(), self.optimizer, state)

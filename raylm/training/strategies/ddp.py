@@ -1,0 +1,40 @@
+"""Every rank holds the whole model; gradients are summed over ranks (torch DistributedDataParallel)."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from raylm.training.batch import Batch
+from raylm.training.module import LossModule
+from raylm.training.strategies.base import WholeState
+
+
+class DdpStrategy(WholeState):
+    """Needs an initialised process group (gloo on CPUs, nccl on GPUs)."""
+
+    def __init__(self, module: LossModule, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.module, self.optimizer, self.device = module, optimizer, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._wrapped: Any = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See Strategy."""
+        return self._wrapped(batch)
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        """See Strategy."""
+        return nullcontext() if last else self._wrapped.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """See Strategy. DDP averages over ranks, so the loss is multiplied by their number first."""
+        (loss * self.world_size).backward()
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """See Strategy."""
+        total = value.clone()
+        dist.all_reduce(total)
+        return total

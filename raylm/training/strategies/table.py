@@ -1,0 +1,15 @@
+"""The strategies by name."""
+
+import importlib
+from typing import Any
+
+STRATEGIES = {
+    "single": "raylm.training.strategies.single:SingleStrategy",
+    "ddp": "raylm.training.strategies.ddp:DdpStrategy",
+}
+
+
+def strategy_class(name: str) -> Any:
+    """The class of a strategy, imported on use."""
+    module, _, attribute = STRATEGIES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,259 @@
+"""What one training worker does: load, restore, run the loop, save, export. Ray stays outside: see ray_trainer.py."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raylm.config import TrainConfig
+from raylm.data.stream import MicroBatch
+from raylm.data.templates import ChatTemplate
+from raylm.data.tokenizer import load_tokenizer
+from raylm.models.adapters import add_lora, base_of, merged
+from raylm.models.export import export_adapter, export_model, storage_dtype
+from raylm.models.folder import as_folder
+from raylm.models.load import load_model
+from raylm.optim.build import build_optimizer
+from raylm.training.batch import Batch, to_batch
+from raylm.training.checkpoint import (
+    CheckpointMeta,
+    check_identity,
+    load_state,
+    prune,
+    read_meta,
+    save_checkpoint,
+)
+from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
+from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
+from raylm.training.metrics import EventsWriter, MetricsWriter
+from raylm.training.module import LossModule, check_model
+from raylm.training.run_dir import RunDir
+from raylm.training.strategies.base import Strategy
+from raylm.training.strategies.table import strategy_class
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJob:
+    """All a worker needs to know, as plain values. epoch_at: epochs done after each step (num_steps + 1 values)."""
+
+    config: TrainConfig
+    run: RunDir
+    num_steps: int
+    steps_per_epoch: tuple[int, ...]
+    identity: dict[str, Any]
+    start_from: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerData:
+    """A worker's share of the data. train: micro-batches from the start step on; evaluation: a fresh pass each call."""
+
+    train: Callable[[], Iterable[MicroBatch]]
+    evaluation: Callable[[], Iterable[MicroBatch]] | None
+
+
+def run_worker(
+    job: WorkerJob, data: WorkerData, device: torch.device, *, rank: int, world_size: int, report: Callable[[dict[str, Any]], None]
+) -> None:
+    """Trains on this rank to the end and exports on rank 0. report: called by every rank after each checkpoint."""
+    config = job.config
+    events = EventsWriter(job.run.path) if rank == 0 else None
+    if events:
+        events.write("loading the model")
+    precision = resolve_precision(config.training.precision, device)
+    model = load_model(config.model, device)
+    end_token = ChatTemplate(tokenizer := _tokenizer(config), config.model.path).end_token()
+    module = LossModule(_prepared(model, config))
+    isolated = config.data.packing or config.training.micro_batch_size > 1
+    check_model(module, config.model.path, packing=isolated)
+    optimizer = build_optimizer(module.trainable(), config.optimizer)
+    strategy: Strategy = strategy_class(config.strategy)(module, optimizer, device)
+    start_step = _restore(job, strategy) if job.start_from else 0
+    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report)
+    try:
+        run_loop(
+            strategy,
+            steps_of(data.train(), micro_batches_per_step=_per_step(config), start_step=start_step),
+            LoopSettings(
+                num_steps=job.num_steps,
+                max_grad_norm=config.optimizer.max_grad_norm,
+                seed=config.run.seed,
+                precision=precision,
+                schedule=config.schedule,
+                eval_interval_steps=config.training.eval_interval_steps,
+                save_interval_steps=config.checkpoint.interval_steps,
+            ),
+            hooks,
+            start_step=start_step,
+        )
+    finally:
+        hooks.close()
+    if rank == 0 and config.export.enabled:
+        assert events is not None
+        events.write("exporting")
+        _export(job, module, tokenizer, end_token)
+
+
+def steps_of(
+    stream: Iterable[MicroBatch], *, micro_batches_per_step: int, start_step: int
+) -> Iterator[Sequence[Batch]]:
+    """Groups a rank's stream into steps, and checks that each micro-batch is of the step it is used in."""
+    pending: list[MicroBatch] = []
+    step = start_step
+    for micro_batch in stream:
+        assert micro_batch.step == step, f"the stream is at step {micro_batch.step}, the loop at {step}"
+        pending.append(micro_batch)
+        if len(pending) == micro_batches_per_step:
+            yield [to_batch(part) for part in pending]
+            pending, step = [], step + 1
+
+
+class _WorkerHooks:
+    """Figures, evaluation and checkpoints of one worker."""
+
+    def __init__(
+        self,
+        job: WorkerJob,
+        data: WorkerData,
+        strategy: Strategy,
+        precision: str,
+        start_step: int,
+        events: EventsWriter | None,
+        report: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
+        self._events, self._report = events, report
+        self._writer: MetricsWriter | None = None
+        if strategy.rank == 0:
+            tensorboard = job.config.metrics.tensorboard
+            self._writer = MetricsWriter(job.run.path, start_step=start_step, tensorboard=tensorboard)
+        peak = matmul_peak_flops(precision, strategy.device)
+        self._peak_flops = float(strategy.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=strategy.device)))
+        self._flops_per_token = 6 * matrix_parameters(strategy.module)
+        self._last: dict[str, Any] = {}
+        self._announce("training", step=start_step, num_steps=job.num_steps, precision=precision)
+
+    def step_done(self, result: StepResult) -> None:
+        """See Hooks."""
+        if self._writer is None or not self._logged(result.step):
+            return
+        rate = result.tokens / result.seconds
+        figures = {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/learning_rate": result.learning_rate,
+            "train/epoch": epoch_at(self._job.steps_per_epoch, result.step),
+            "train/tokens": result.tokens,
+            "train/loss_tokens": result.loss_tokens,
+            "train/tokens_per_second": rate,
+            "train/mfu": rate * self._flops_per_token / self._peak_flops,
+            "train/step_s": result.seconds,
+            "train/data_wait_s": result.data_seconds,
+            **{f"memory/{name}": value for name, value in memory_gib(self._strategy.device).items()},
+        }
+        self._last.update(figures)
+        self._writer.write(result.step, figures)
+
+    def evaluate(self, step: int) -> EvalResult | None:
+        """See Hooks."""
+        if self._data.evaluation is None:
+            return None
+        self._announce("evaluating", step=step, num_steps=self._job.num_steps)
+        batches = (to_batch(part) for part in self._data.evaluation())
+        result = evaluate(self._strategy, batches, precision=self._precision)
+        figures = {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/loss_tokens": result.tokens}
+        if self._writer is not None:
+            self._last.update(figures)
+            self._writer.write(step, figures)
+        self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
+        return result
+
+    def save(self, step: int, evaluation: EvalResult | None) -> None:
+        """See Hooks."""
+        self._announce("saving", step=step, num_steps=self._job.num_steps)
+        state = self._strategy.state()
+        if self._strategy.rank == 0:
+            root, section = self._job.run.checkpoints, self._job.config.checkpoint
+            meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
+            save_checkpoint(root, state, meta)
+            prune(root, keep_last=section.keep_last, keep_best=section.keep_best)
+        self._report({"step": step, **self._last})
+        self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
+
+    def close(self) -> None:
+        """Closes the sinks."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _logged(self, step: int) -> bool:
+        return step % self._job.config.metrics.log_interval_steps == 0 or step == self._job.num_steps
+
+    def _announce(self, phase: str, **details: Any) -> None:
+        if self._events is not None:
+            self._events.write(phase, **details)
+
+
+def epoch_at(steps_per_epoch: tuple[int, ...], step: int) -> float:
+    """Epochs done after `step` steps, as a fraction."""
+    for epoch, steps in enumerate(steps_per_epoch):
+        if step < steps:
+            return epoch + step / steps
+        step -= steps
+    return float(len(steps_per_epoch))
+
+
+def _prepared(model: Any, config: TrainConfig) -> Any:
+    if config.training.method == "lora":
+        model = add_lora(model, config.lora_or_default, seed=config.run.seed)
+    if config.training.gradient_checkpointing:
+        base = base_of(model)
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _restore(job: WorkerJob, strategy: Strategy) -> int:
+    assert job.start_from is not None
+    meta = read_meta(job.start_from)
+    check_identity(job.start_from, meta, job.identity)
+    strategy.load_state(load_state(job.start_from, meta))
+    return meta.step
+
+
+def _per_step(config: TrainConfig) -> int:
+    return config.gradient_accumulation_steps
+
+
+def _tokenizer(config: TrainConfig) -> Any:
+    section = config.model
+    return load_tokenizer(
+        as_folder(section.path, section.revision),
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def _export(job: WorkerJob, module: LossModule, tokenizer: Any, end_token: str | None) -> None:
+    model, config = module.model, job.config
+    dtype = storage_dtype(config.export.dtype, _stored_config(config))
+    if config.training.method == "lora":
+        export_adapter(model, tokenizer, job.run.adapter)
+        model = merged(model)
+    export_model(model, tokenizer, job.run.export, dtype=dtype, end_token=end_token)
+
+
+def _stored_config(config: TrainConfig) -> Any:
+    from raylm.models.load import load_config
+
+    return load_config(config.model)
+
+
+def write_failure(run: RunDir, error: Exception) -> None:
+    """Notes an error the user can mend, for the driver to raise; the first one stays."""
+    if not run.failure.exists():
+        run.failure.write_text(json.dumps({"kind": type(error).__name__, "arguments": list(error.args)}))
