@@ -1,0 +1,64 @@
+"""raylm: fine-tune, evaluate and serve large language models in one Ray-native system.
+
+The verbs of the SDK; each is the same call as the command of its name. Nothing heavy is imported before one is
+called, and nothing of the rest before its configuration is valid.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raylm.config import GenerateConfig, ServeConfig, TrainConfig
+    from raylm.inference.generate import GenerateResult
+    from raylm.serving import Endpoint
+    from raylm.training.run import TrainResult
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "generate", "serve", "train"]
+
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def train(config: "str | Path | Mapping[str, Any] | TrainConfig", overrides: Overrides = ()) -> "TrainResult":
+    """Fine-tunes a model as configured: a YAML file, a mapping or a TrainConfig, with dotted overrides.
+
+    Runs on the Ray that is connected, that RAY_ADDRESS names, or on a local one. Raises RaylmError.
+    """
+    from raylm.config import TrainConfig, load_config
+
+    resolved = load_config(TrainConfig, config, overrides)
+    from raylm.training.run import run_training
+
+    return run_training(resolved)
+
+
+def serve(
+    model: "str | Path | Mapping[str, Any] | ServeConfig", overrides: Overrides = ()
+) -> "AbstractContextManager[Endpoint]":
+    """Hosts a model behind an OpenAI-compatible endpoint for the length of a `with` block, whose target has `.url`.
+
+    model: a model path or hub id, a YAML file of a ServeConfig, a mapping or a ServeConfig. Raises RaylmError.
+    """
+    from raylm.config import ServeConfig, load_config
+
+    is_model = isinstance(model, (str, Path)) and not str(model).endswith((".yaml", ".yml"))
+    source = {"model": str(model)} if is_model else model
+    resolved = load_config(ServeConfig, source, overrides)
+    from raylm.serving import serve as start
+
+    return start(resolved)
+
+
+def generate(config: "str | Path | Mapping[str, Any] | GenerateConfig", overrides: Overrides = ()) -> "GenerateResult":
+    """Answers prompts or a dataset with vLLM on Ray Data and writes them as JSONL, in the order of the input.
+
+    config: a YAML file, a mapping or a GenerateConfig. Raises RaylmError.
+    """
+    from raylm.config import GenerateConfig, load_config
+
+    resolved = load_config(GenerateConfig, config, overrides)
+    from raylm.inference.generate import run_generation
+
+    return run_generation(resolved)

@@ -19,9 +19,7 @@ LOCAL_ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(
-    address: str | None, *, num_cpus: int, environment: Mapping[str, str] | None = None
-) -> Iterator[Any]:
+def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str, str] | None = None) -> Iterator[Any]:
     """Yields the `ray` module, connected: to the session that is open, else to `address`, RAY_ADDRESS or the cluster
     of this job, else to a local instance with `num_cpus` logical CPUs that ends with the block.
 

@@ -1,7 +1,8 @@
 """Typed, validated configuration. Nothing heavy is imported here."""
 
+from raylm.config.inference import GenerateConfig
 from raylm.config.load import dump_yaml, load_config
 from raylm.config.serving import ServeConfig
 from raylm.config.tree import TrainConfig
 
-__all__ = ["ServeConfig", "TrainConfig", "dump_yaml", "load_config"]
+__all__ = ["GenerateConfig", "ServeConfig", "TrainConfig", "dump_yaml", "load_config"]

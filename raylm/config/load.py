@@ -17,7 +17,9 @@ SectionT = TypeVar("SectionT", bound=Section)
 Overrides = Sequence[str] | Mapping[str, Any]
 
 
-def load_config(kind: type[SectionT], source: str | Path | Mapping[str, Any] | SectionT, overrides: Overrides = ()) -> SectionT:
+def load_config(
+    kind: type[SectionT], source: str | Path | Mapping[str, Any] | SectionT, overrides: Overrides = ()
+) -> SectionT:
     """Reads a YAML file or a mapping, applies overrides, and validates the whole tree.
 
     overrides: `["a.b=value", …]` as on a command line (values are YAML) or `{"a.b": value}`.
@@ -48,7 +50,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -135,7 +137,9 @@ def _nearest(path: Sequence[str], kind: type[BaseModel]) -> str:
     """Advice for an unknown key: the likeliest known one, of the same section or of any."""
     section: type[BaseModel] | None = kind
     for name in path[:-1]:
-        section = _section_type(section.model_fields[name].annotation) if section and name in section.model_fields else None
+        section = (
+            _section_type(section.model_fields[name].annotation) if section and name in section.model_fields else None
+        )
     known = list(section.model_fields) if section else []
     prefix = ".".join(path[:-1])
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)

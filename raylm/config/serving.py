@@ -1,4 +1,4 @@
-"""The configuration of a server."""
+"""The configuration of a server: the application, and the endpoint it is reached at."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,35 +7,44 @@ from pydantic import Field
 from raylm.config.base import Section
 
 
-class ServeConfig(Section):
-    """Everything `raylm serve`, `raylm.serve`, `serve run` and a Serve YAML need."""
+class ServeArgs(Section):
+    """The Serve application: what `serve run serve.chat:app KEY=VALUE` and the `args` of a Serve YAML take."""
 
     model: str = Field(min_length=1)
     """Hub id, folder or GGUF file; `pkg://PACKAGE/FILE` names a file that an installed Python package ships."""
-    name: str | None = None
-    """Model name that clients send; default: the last part of the path."""
-    host: str = "127.0.0.1"
-    """Address to listen on. Anything but loopback should have an API key."""
-    port: int = Field(8000, ge=1, le=65535)
-    """Port to listen on."""
-    api_key_file: str | None = None
-    """File whose first line is the key that clients must send as a bearer token."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """Model name that clients send; default: the last part of `model`."""
+    api_key_file: Annotated[str, Field(min_length=1)] | None = None
+    """File whose first line is the key that clients must send as a bearer token, on every route but health; without
+    it the key is that in the environment variable VLLM_API_KEY, if set."""
     max_model_len: Annotated[int, Field(ge=8)] | None = None
     """Longest prompt plus answer in tokens; default: the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type the engine computes in; `auto` is the model's, or float32 on a CPU without bfloat16 arithmetic."""
+    """Type the engine computes in; `auto` is the model's on a GPU, and on a CPU bfloat16 where the processor
+    multiplies it natively (AMX, AVX512-BF16), else float32."""
     kv_cache_gib: float = Field(1.0, gt=0)
-    """Key-value cache on a machine without GPU."""
+    """Key-value cache of one replica without GPU, in GiB; on a GPU it is `engine.gpu_memory_utilization`."""
     num_replicas: int = Field(1, ge=1)
     """Copies of the engine."""
-    num_cpus: float = Field(1.0, ge=0)
-    """Logical CPUs of one replica."""
+    num_cpus: int = Field(1, ge=1)
+    """CPUs of one replica; without GPU also the engine's compute threads when there are several replicas."""
     num_gpus: float | Literal["auto"] = "auto"
-    """GPUs of one replica; `auto` is one where the cluster has any."""
+    """GPUs of one replica; `auto` is `engine.tensor_parallel_size`, or 1, where the cluster has GPUs, else 0."""
+    engine: dict[str, Any] = {}
+    """Further engine and server arguments under vLLM's own names, such as `enforce_eager` (default on a CPU)."""
+
+
+class ServeConfig(ServeArgs):
+    """Everything `raylm serve` and `raylm.serve` need: the application, the address, and the cluster."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to listen on. Anything but loopback should have an API key."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port to listen on."""
     proxy: Literal["auto", "haproxy", "python"] = "auto"
     """What listens on the port: HAProxy straight to the replicas, or Ray Serve's Python proxy; `auto` takes HAProxy
-    when Ray is started by this call and its binary is there."""
+    where its binary is installed and it can reach the replicas (one node, or `host` is not loopback)."""
     cluster_address: str | None = None
     """Address of a running cluster; without it as in `cluster.address` of training."""
-    engine: dict[str, Any] = {}
-    """Further engine arguments under vLLM's own names, such as `enforce_eager`."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """Seconds the server may take until it answers."""

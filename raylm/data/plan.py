@@ -64,9 +64,7 @@ def plan_run(
     for epoch in range(num_epochs):
         if max_steps is not None and num_steps >= max_steps:
             break
-        plan = plan_epoch(
-            lengths, max_seq_len=max_seq_len, packing=packing, shuffle=shuffle, seed=seed, epoch=epoch
-        )
+        plan = plan_epoch(lengths, max_seq_len=max_seq_len, packing=packing, shuffle=shuffle, seed=seed, epoch=epoch)
         epochs.append(plan)
         num_steps += -(-plan.num_rows // global_batch_size)
     return RunPlan(tuple(epochs), global_batch_size, num_steps if max_steps is None else min(num_steps, max_steps))

@@ -78,7 +78,8 @@ def _parse_message(position: int, message: Any, role_map: Mapping[str, str]) -> 
     role = role_map.get(role, role)
     if role not in ROLES:
         raise RowProblem(
-            f"role {role!r} is not one of {', '.join(ROLES)}.", f"Rename it, or set data.role_map={{{role}: assistant}}."
+            f"role {role!r} is not one of {', '.join(ROLES)}.",
+            f"Rename it, or set data.role_map={{{role}: assistant}}.",
         )
     if message.get("tool_calls"):
         raise RowProblem(f"{where} has tool_calls, which are not supported yet.", "Remove the row.")

@@ -16,7 +16,7 @@ from raylm.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One instance: `conversation` is JSON text, or None with a `problem`. `index` is -1 for a fault of the whole file."""
+    """One instance: `conversation` is JSON text, or None with a `problem`; index -1 is a fault of the whole file."""
 
     index: int
     conversation: str | None

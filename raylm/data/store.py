@@ -58,7 +58,9 @@ class TokenStore:
         return self.file_names[int(self.files[row])], int(self.indices[row])
 
 
-def tokenize_files(paths: tuple[str, ...], section: DataSection, tokenizer: TokenizerSource) -> tuple[TokenStore, DataReport]:
+def tokenize_files(
+    paths: tuple[str, ...], section: DataSection, tokenizer: TokenizerSource
+) -> tuple[TokenStore, DataReport]:
     """Reads, renders and tokenises dataset files with Ray Data, in file order.
 
     Needs an initialised Ray. Faults of rows are in the report, not raised. Raises DataError for missing files.

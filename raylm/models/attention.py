@@ -7,6 +7,7 @@ length). The price is a Python call for each sequence and layer.
 """
 
 import importlib.util
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def segments_attention(
     borders = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         length = end - start
         banded = sliding_window is not None and length > sliding_window
         outputs.append(

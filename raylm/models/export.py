@@ -3,6 +3,7 @@
 The folder is complete or absent: it is written beside its place and renamed.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -23,17 +24,17 @@ def export_model(model: Any, tokenizer: Any, target: Path, *, dtype: torch.dtype
     """
     state = {name: _cast(name, tensor, dtype) for name, tensor in _unshared(model).items()}
     config, generation = model.config, model.generation_config
-    kept = (config.dtype, config.use_cache, config._attn_implementation)
-    config.dtype, config.use_cache = dtype, True
+    used_cache, config.use_cache = config.use_cache, True
     ends = _end_token_ids(tokenizer, config, generation, end_token)
     previous_ends, generation.eos_token_id = generation.eos_token_id, ends
     scratch = _scratch(target)
     try:
         model.save_pretrained(scratch, state_dict=state)
+        _name_dtype(scratch / "config.json", dtype)
         tokenizer.save_pretrained(scratch)
         _replace(scratch, target)
     finally:
-        config.dtype, config.use_cache = kept[0], kept[1]
+        config.use_cache = used_cache
         generation.eos_token_id = previous_ends
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -88,6 +89,13 @@ def _end_token_ids(tokenizer: Any, config: Any, generation: Any, end_token: str 
     if end_token is not None:
         ids.insert(0, tokenizer.convert_tokens_to_ids(end_token))
     return list(dict.fromkeys(ids))
+
+
+def _name_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """`save_pretrained` names the dtype of the live model (fp32 master weights), not that of the stored state."""
+    tree = json.loads(config_file.read_text())
+    tree["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(tree, indent=2) + "\n")
 
 
 def _scratch(target: Path) -> Path:

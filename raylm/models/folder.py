@@ -1,7 +1,8 @@
 """Where a model comes from, and every source as a folder that transformers and vLLM load.
 
 A GGUF file is dequantised once into a Hugging Face folder in the user's cache: vLLM's own GGUF reader does not run on
-every processor, and training, serving and evaluation should see the same numbers. The price is disk: two bytes a weight.
+every processor, and training, serving and evaluation should see the same numbers. The price is disk: two bytes a
+weight.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ class ModelLocation:
 def locate(path: str) -> ModelLocation:
     """Resolves `model.path` without loading anything.
 
-    Raises ModelError for a folder without a configuration or weights, an unknown package, or a path that does not exist.
+    Raises ModelError for a folder without configuration or weights, an unknown package, or a path that does not exist.
     """
     if path.startswith(PACKAGE_PREFIX):
         return _locate_in_package(path)
@@ -99,10 +100,8 @@ def _cache_root() -> Path:
 
 
 def _fingerprint(file: Path) -> str:
-    stat = file.stat()
     with file.open("rb") as handle:
-        head = handle.read(1 << 20)
-    return hashlib.sha256(head + f"{stat.st_size}".encode()).hexdigest()[:12]
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:12]
 
 
 def _convert_gguf(file: Path, target: Path) -> None:

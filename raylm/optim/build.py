@@ -14,7 +14,9 @@ from raylm.optim.table import OPTIMIZERS, OptimizerRow
 def check_optimizer(section: OptimizerSection) -> None:
     """Raises ConfigError for an unknown optimizer or an option it does not have; imports the optimizer's package."""
     row = _row(section.name)
-    known = [name for name in inspect.signature(_factory(row)).parameters if name not in ("params", "lr", "weight_decay")]
+    known = [
+        name for name in inspect.signature(_factory(row)).parameters if name not in ("params", "lr", "weight_decay")
+    ]
     for option in section.options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1) or known

@@ -1,0 +1,30 @@
+"""The Serve application: vLLM's engine and OpenAI routes in one replica, behind HAProxy or Serve's Python proxy.
+
+`serve` is what `raylm.serve` calls; `build_app` and `ServeArgs` are for `serve run`, `serve deploy` and Serve YAML.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raylm.config.serving import ServeArgs as ServeArgs
+    from raylm.serving.app import build_app as build_app
+    from raylm.serving.endpoint import Endpoint as Endpoint
+    from raylm.serving.endpoint import serve as serve
+
+_HOMES = {
+    "Endpoint": "raylm.serving.endpoint",
+    "ServeArgs": "raylm.config.serving",
+    "build_app": "raylm.serving.app",
+    "serve": "raylm.serving.endpoint",
+}
+
+__all__ = ["Endpoint", "ServeArgs", "build_app", "serve"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use, so that importing the package costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -4,19 +4,14 @@ import time
 
 import torch
 
+from raylm.models.processor import has_native_bf16
+
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`training.precision` with auto resolved: bf16 where the processor multiplies it natively, else fp32.
-
-    A CPU without AMX or AVX512-BF16 converts every element: on such a machine bf16 products are several times slower
-    than fp32 ones.
-    """
+    """`training.precision` with auto resolved: bf16 where the processor multiplies it natively, else fp32."""
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "fp32"
+    return "bf16" if has_native_bf16(device) else "fp32"
 
 
 @torch.no_grad()

@@ -65,9 +65,9 @@ def check_model(module: LossModule, name: str, *, packing: bool) -> None:
     alone = [_states(module, [ids], device) for ids in sequences]
     head = causal.get_output_embeddings()
     ours = torch.nn.functional.linear(alone[1], head.weight, getattr(head, "bias", None))
-    theirs = causal(
-        input_ids=torch.from_numpy(sequences[1].astype(np.int64))[None].to(device), use_cache=False
-    ).logits[0]
+    theirs = causal(input_ids=torch.from_numpy(sequences[1].astype(np.int64))[None].to(device), use_cache=False).logits[
+        0
+    ]
     if not _close(ours, theirs):
         raise ModelError(name, "its output layer scales or caps the logits, which is not supported yet.")
     if packing and not _close(_states(module, sequences, device), torch.cat(alone)):

@@ -117,7 +117,7 @@ class _StreamFactory:
 
 
 def start_point(job: WorkerJob) -> Path | None:
-    """The checkpoint a group of workers starts from: the newest that this run has written, else the one resumed from."""
+    """The checkpoint a group of workers starts from: the newest this run has written, else the one resumed from."""
     newest = newest_checkpoint(job.run.checkpoints)
     if newest and job.start_from and job.start_from.parent == job.run.checkpoints:
         return max(newest, job.start_from)
@@ -151,7 +151,9 @@ def _train_function(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     try:
         if not (job.run.path / CONFIG_FILE).is_file():
-            raise ClusterError(str(job.run.path), "is not visible on all nodes.", "Set run.storage_path to shared storage.")
+            raise ClusterError(
+                str(job.run.path), "is not visible on all nodes.", "Set run.storage_path to shared storage."
+            )
         if torch.cuda.is_available() and ray.get_gpu_ids():
             device = ray.train.torch.get_device()
         else:

@@ -13,6 +13,7 @@ from raylm.config import TrainConfig
 from raylm.data.plan import RunPlan, plan_run
 from raylm.data.report import DataReport
 from raylm.data.sources import list_files
+from raylm.data.store import TokenizerSource
 from raylm.data.templates import ChatTemplate
 from raylm.errors import CheckpointError
 from raylm.ray_session import ray_session
@@ -46,7 +47,7 @@ def run_training(config: TrainConfig) -> TrainResult:
     """
     clock = _Clock()
     config = _with_absolute_paths(config)
-    model_config, tokenizer_source = _check_before_start(config)
+    tokenizer_source = _check_before_start(config)
     run = open_run_dir(config)
     events = EventsWriter(run.path)
     local_cpus = max(os.cpu_count() or 1, config.cluster.num_workers * (config.cluster.cpus_per_worker or 1) + 1)
@@ -109,9 +110,8 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"data": data, "model": model, "run": run})
 
 
-def _check_before_start(config: TrainConfig) -> tuple[Any, Any]:
-    """Everything that can be known to be wrong without Ray and without weights."""
-    from raylm.data.store import TokenizerSource
+def _check_before_start(config: TrainConfig) -> TokenizerSource:
+    """Raises for all that can be known to be wrong without Ray and without weights; returns where the tokenizer is."""
     from raylm.models.folder import as_folder
     from raylm.models.load import check_max_seq_len, load_config
     from raylm.optim.build import check_optimizer
@@ -120,13 +120,12 @@ def _check_before_start(config: TrainConfig) -> tuple[Any, Any]:
         list_files(paths)
     check_optimizer(config.optimizer)
     section = config.model
-    model_config = load_config(section)
-    check_max_seq_len(section, model_config, config.data.max_seq_len)
+    check_max_seq_len(section, load_config(section), config.data.max_seq_len)
     source = TokenizerSource(
         as_folder(section.path, section.revision), section.path, section.revision, section.trust_remote_code
     )
     ChatTemplate(source.load(), section.path)
-    return model_config, source
+    return source
 
 
 def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, DataReport, list[Any]]:
@@ -220,7 +219,9 @@ def _resume_point(config: TrainConfig, run: RunDir, identity: dict[str, Any]) ->
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:
         if run.checkpoints.is_dir() and any(run.checkpoints.glob("step-*")):
-            raise CheckpointError(str(run.checkpoints), "holds no complete checkpoint.", "Start again in a new run.dir.")
+            raise CheckpointError(
+                str(run.checkpoints), "holds no complete checkpoint.", "Start again in a new run.dir."
+            )
         logger.warning("%s holds no checkpoint yet: starting from the base model", run.path)
         return None
     check_identity(newest, read_meta(newest), identity)

@@ -59,7 +59,13 @@ class WorkerData:
 
 
 def run_worker(
-    job: WorkerJob, data: WorkerData, device: torch.device, *, rank: int, world_size: int, report: Callable[[dict[str, Any]], None]
+    job: WorkerJob,
+    data: WorkerData,
+    device: torch.device,
+    *,
+    rank: int,
+    world_size: int,
+    report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Trains on this rank to the end and exports on rank 0. report: called by every rank after each checkpoint."""
     config = job.config
@@ -134,7 +140,9 @@ class _WorkerHooks:
             tensorboard = job.config.metrics.tensorboard
             self._writer = MetricsWriter(job.run.path, start_step=start_step, tensorboard=tensorboard)
         peak = matmul_peak_flops(precision, strategy.device)
-        self._peak_flops = float(strategy.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=strategy.device)))
+        self._peak_flops = float(
+            strategy.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=strategy.device))
+        )
         self._flops_per_token = 6 * matrix_parameters(strategy.module)
         self._last: dict[str, Any] = {}
         self._announce("training", step=start_step, num_steps=job.num_steps, precision=precision)

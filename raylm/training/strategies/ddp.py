@@ -19,7 +19,9 @@ class DdpStrategy(WholeState):
     def __init__(self, module: LossModule, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.module, self.optimizer, self.device = module, optimizer, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._wrapped: Any = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+        self._wrapped: Any = DistributedDataParallel(
+            module, device_ids=[device.index] if device.type == "cuda" else None
+        )
 
     def loss(self, batch: Batch) -> Tensor:
         """See Strategy."""

@@ -1,0 +1,182 @@
+"""`raylm`: parse, load the configuration, call one function.
+
+Exit code 0: done; 2: a fault the user can mend, in one line; 1: a bug, with its traceback. With --json the result is
+one JSON object on stdout, and everything else goes to stderr.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import raylm
+from raylm.errors import RaylmError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("ray", "httpx", "matplotlib", "transformers", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        options.run(options)
+    except RaylmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="raylm", description="Fine-tune, evaluate and serve large language models on Ray."
+    )
+    parser.add_argument("--version", action="version", version=f"raylm {raylm.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train = _command(commands, "train", _train, "fine-tune a model as a YAML file says")
+    train.add_argument("config", help="YAML configuration")
+    _overrides(train)
+    serve = _command(commands, "serve", _serve, "host a model behind an OpenAI-compatible endpoint")
+    serve.add_argument("model", help="hub id, folder, GGUF file, or YAML of a server")
+    _overrides(serve)
+    chat = _command(commands, "chat", _chat, "talk to a model or a running server in the terminal")
+    chat.add_argument("target", metavar="MODEL_OR_URL", help="hub id, folder, GGUF file, or http://… of a server")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--api-key-file", help="file with the key the server asks for")
+    _overrides(chat)
+    generate = _command(commands, "generate", _generate, "answer prompts or a dataset into a JSONL file")
+    generate.add_argument("model", help="hub id, folder, or GGUF file")
+    generate.add_argument("prompts", nargs="*", help="prompts; key=value sets an option", metavar="PROMPT|key=value")
+    data = commands.add_parser("data", help="look at datasets").add_subparsers(required=True, metavar="COMMAND")
+    preview = _command(data, "preview", _preview, "show what the model will see; tokens that carry loss are marked")
+    preview.add_argument("config", help="YAML configuration")
+    preview.add_argument("--rows", type=int, default=3, help="rows to show (default 3)")
+    _overrides(preview)
+    config = commands.add_parser("config", help="look at configurations").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    show = _command(config, "show", _show, "print the resolved configuration")
+    show.add_argument("config", help="YAML configuration")
+    _overrides(show)
+    return parser
+
+
+def _command(group: Any, name: str, run: Callable[[Any], None], summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = group.add_parser(name, help=summary, description=summary.capitalize() + ".")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    command.set_defaults(run=run)
+    return command
+
+
+def _overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings over those of the file")
+
+
+def _train(options: Any) -> None:
+    result = raylm.train(options.config, options.overrides)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return
+    print(f"run directory   {result.run_dir}")
+    if result.export_dir:
+        print(f"model           {result.export_dir}")
+        print(f"try it          raylm chat {result.export_dir}")
+
+
+def _serve(options: Any) -> None:
+    with raylm.serve(options.model, options.overrides) as server:
+        if options.json:
+            print(json.dumps({"url": server.url, "model": server.model}), flush=True)
+        else:
+            print(f"{server.model} is served at {server.url}/v1 (ctrl-c stops it). Try:", flush=True)
+            print(_curl(server.url, server.model), flush=True)
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            print("stopping", file=sys.stderr)
+
+
+def _curl(url: str, model: str) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}]})
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+
+
+def _chat(options: Any) -> None:
+    from raylm.inference.chat import chat_in_terminal
+    from raylm.serving.api_key import read_api_key
+
+    key = read_api_key(options.api_key_file)
+    if options.target.startswith(("http://", "https://")):
+        chat_in_terminal(options.target, api_key=key, system=options.system)
+        return
+    with raylm.serve(options.target, options.overrides) as server:
+        chat_in_terminal(server.url, api_key=key, system=options.system)
+
+
+def _generate(options: Any) -> None:
+    settings = [item for item in options.prompts if _is_setting(item)]
+    prompts = [item for item in options.prompts if not _is_setting(item)]
+    result = raylm.generate({"model": options.model, **({"prompts": prompts} if prompts else {})}, settings)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(f"{result.prompts} answers, {result.tokens} tokens: {result.output}")
+
+
+def _is_setting(item: str) -> bool:
+    from raylm.config import GenerateConfig
+
+    return item.partition("=")[0].split(".")[0] in GenerateConfig.model_fields and "=" in item
+
+
+def _preview(options: Any) -> None:
+    from raylm.config import TrainConfig, load_config
+    from raylm.data.preview import preview_rows
+    from raylm.data.tokenizer import load_tokenizer
+    from raylm.models.folder import as_folder
+
+    config = load_config(TrainConfig, options.config, options.overrides)
+    section = config.model
+    tokenizer = load_tokenizer(
+        as_folder(section.path, section.revision),
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    rows = list(preview_rows(config.data, tokenizer, section.path, count=options.rows))
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for row in rows:
+        carrying = sum(loss for _, _, loss in row.tokens)
+        console.print(f"[bold]{row.file}: instance {row.index}[/bold]  {len(row.tokens)} tokens, {carrying} carry loss")
+        if row.problem:
+            console.print(f"rejected: {row.problem}", style="red")
+            continue
+        text = Text()
+        for _, piece, loss in row.tokens:
+            text.append(piece, style="black on green" if loss else "dim")
+        console.print(text)
+
+
+def _show(options: Any) -> None:
+    from raylm.config import TrainConfig, dump_yaml, load_config
+
+    config = load_config(TrainConfig, options.config, options.overrides)
+    print(
+        json.dumps(config.model_dump(mode="json")) if options.json else dump_yaml(config),
+        end="\n" if options.json else "",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

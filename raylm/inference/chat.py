@@ -1,0 +1,93 @@
+"""Chat in a terminal with any OpenAI-compatible endpoint: streams answers, keeps the history.
+
+/reset forgets the conversation, /quit or end of input leaves, ctrl-c stops the answer that is being given.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raylm.errors import ServingError
+
+HELP = "/reset starts over, /quit leaves, ctrl-c stops an answer."
+
+
+def chat_in_terminal(
+    url: str,
+    *,
+    api_key: str | None = None,
+    system: str | None = None,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] | None = None,
+) -> None:
+    """Runs until /quit. url: of the server, with or without /v1. Raises ServingError when it does not answer."""
+    write = write or _write
+    client, model = _connect(url, api_key)
+    history: list[dict[str, str]] = _start(system)
+    write(f"{model} at {url}. {HELP}\n")
+    while True:
+        try:
+            line = read("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            write("\n")
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            history = _start(system)
+            write("Started over.\n")
+        elif line.startswith("/"):
+            write(HELP + "\n")
+        elif line:
+            _turn(client, model, history, line, write)
+
+
+def _turn(client: Any, model: str, history: list[dict[str, str]], line: str, write: Callable[[str], None]) -> None:
+    history.append({"role": "user", "content": line})
+    answer = ""
+    try:
+        for piece in _stream(client, model, history):
+            write(piece)
+            answer += piece
+    except KeyboardInterrupt:
+        write(" [stopped]")
+    except ServingError as error:
+        history.pop()
+        write(f"{error}\n")
+        return
+    write("\n")
+    history.append({"role": "assistant", "content": answer})
+
+
+def _stream(client: Any, model: str, history: list[dict[str, str]]) -> Iterator[str]:
+    import openai
+
+    try:
+        for chunk in client.chat.completions.create(model=model, messages=history, stream=True):
+            if chunk.choices and chunk.choices[0].delta.content:
+                yield chunk.choices[0].delta.content
+    except openai.APIError as error:
+        raise ServingError("the server", f"refused: {error.message}", "/reset starts a shorter conversation.") from None
+
+
+def _connect(url: str, api_key: str | None) -> tuple[Any, str]:
+    import openai
+
+    base = url.rstrip("/").removesuffix("/v1") + "/v1"
+    client = openai.OpenAI(base_url=base, api_key=api_key or "none", max_retries=0)
+    try:
+        return client, next(iter(client.models.list())).id
+    except openai.AuthenticationError:
+        raise ServingError(url, "asks for an API key.", "Give it with --api-key-file.") from None
+    except openai.APIConnectionError:
+        raise ServingError(url, "does not answer.", "Start it with: raylm serve MODEL") from None
+
+
+def _start(system: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _write(text: str) -> None:
+    import sys
+
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,59 @@
+"""The Serve application: how replicas are placed, and what `serve run` and `serve deploy` build."""
+
+import logging
+from typing import Any
+
+from raylm.config.serving import ServeArgs
+from raylm.serving.api_key import digest, read_api_key
+from raylm.serving.checks import check_model, check_resources, replica_gpus
+from raylm.serving.engine_args import check_engine_keys, model_name
+
+logger = logging.getLogger(__name__)
+
+# The engine queues by itself and batches what it gets, so Serve must not hold requests back.
+MAX_ONGOING_REQUESTS = 100_000
+
+
+def build_app(args: ServeArgs) -> Any:
+    """The application, for `serve.run`, for `serve run`, and as the import path of a Serve YAML.
+
+    Needs a connection to Ray. Raises ModelError, ServingError, ConfigError or ClusterError before an engine starts.
+    """
+    import ray
+    from ray import serve
+
+    from raylm.serving.replica import Replica
+
+    check_engine_keys(args.engine)
+    key = read_api_key(args.api_key_file)
+    settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
+    replica_args = ServeArgs.model_validate({**settings, "model": check_model(args), "name": model_name(args)})
+    resources = ray.cluster_resources()
+    check_resources(args, resources)
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name="engine",
+        num_replicas=args.num_replicas,
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": replica_gpus(args, resources),
+            "runtime_env": {"env_vars": replica_environment(args)},
+        },
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_constructor_retry_count=1,  # an engine that fails once fails again: say why instead
+        health_check_period_s=5,
+        logging_config={"enable_access_log": False},
+    )
+    return deployment.bind(replica_args, digest(key) if key else None)
+
+
+def replica_environment(args: ServeArgs) -> dict[str, str]:
+    """Variables of the replica's process and of its engine's.
+
+    One replica binds its compute threads to cores, as vLLM does by itself. Several on a node would all bind to the
+    same cores, so they run unbound on `num_cpus` threads each.
+    """
+    environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if args.num_replicas > 1:
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(args.num_cpus)}
+    return environment

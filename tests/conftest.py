@@ -1,0 +1,59 @@
+"""What tests share: a tiny model the project makes itself, datasets, and one Ray for the session."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import build_tiny_model, build_tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+WriteDataset = Callable[..., Path]
+
+
+@pytest.fixture
+def write_dataset(tmp_path: Path) -> WriteDataset:
+    """Writes instances, or (question, answer) pairs, as an LMFlow conversation file."""
+
+    def write(rows: list[Any], name: str = "data.json") -> Path:
+        instances = [
+            row
+            if isinstance(row, dict)
+            else {"messages": [{"role": "user", "content": row[0]}, {"role": "assistant", "content": row[1]}]}
+            for row in rows
+        ]
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"type": "conversation", "instances": instances}), encoding="utf-8")
+        return path
+
+    return write
+
+
+PAIRS = [(f"question {number} " + "why " * (number % 7), "yes " * (1 + number % 5)) for number in range(40)]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """One local Ray for all tests of the session, with more logical CPUs than the machine has."""
+    from raylm.ray_session import ray_session
+
+    with ray_session(None, num_cpus=6) as ray:
+        yield ray

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+
+from raylm.config.training import OptimizerSection, ScheduleSection
+from raylm.errors import ConfigError
+from raylm.optim.build import build_optimizer, check_optimizer
+from raylm.optim.schedules import learning_rate_factor
+
+
+def test_adamw_follows_its_paper_written_out() -> None:
+    """arXiv:1711.05101, Algorithm 2, 20 steps in float64."""
+    rng = np.random.default_rng(0)
+    start, gradients = rng.standard_normal((4, 3)), rng.standard_normal((20, 4, 3))
+    weight = torch.nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    section = OptimizerSection(learning_rate=1e-2, weight_decay=0.1, options={"betas": (0.8, 0.95), "eps": 1e-6})
+    optimizer = build_optimizer([("w", weight)], section)
+    expected, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    for step, gradient in enumerate(gradients, 1):
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+        expected -= 1e-2 * 0.1 * expected
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        expected -= 1e-2 * (first / (1 - 0.8**step)) / (np.sqrt(second / (1 - 0.95**step)) + 1e-6)
+        np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-9)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    """O01."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.RMSNorm(4), torch.nn.Embedding(5, 4))
+    optimizer = build_optimizer(model.named_parameters(), OptimizerSection(weight_decay=0.1))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.1,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "2.weight": 0.1,
+    }
+
+
+def test_unknown_optimizers_and_options_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'adam' is not an optimizer\. Did you mean adamw\?"):
+        check_optimizer(OptimizerSection(name="adam"))
+    with pytest.raises(ConfigError, match=r"adamw has no option beta\. Nearest: betas"):
+        check_optimizer(OptimizerSection(options={"beta": 0.9}))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325]),
+        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.55, 0.231802]),
+    ],
+)
+def test_schedules_on_values(name: str, expected: list[float]) -> None:
+    section = ScheduleSection(name=name, warmup_steps=2, min_ratio=0.1)  # type: ignore[arg-type]
+    assert [learning_rate_factor(section, step, 6) for step in range(6)] == pytest.approx(expected, abs=1e-6)

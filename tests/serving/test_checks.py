@@ -1,0 +1,135 @@
+"""What is refused before anything heavy starts."""
+
+import json
+import logging
+import socket
+from pathlib import Path
+
+import pytest
+
+from raylm.config.serving import ServeArgs, ServeConfig
+from raylm.errors import ClusterError, ModelError, ServingError
+from raylm.serving.app import replica_environment
+from raylm.serving.checks import check_model, check_port, check_resources, replica_gpus
+from raylm.serving.endpoint import engine_reason
+from raylm.serving.proxy import choose_proxy, controller_environment
+
+
+def write_model(folder: Path, *, template: bool = True, **config: object) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 256, **config}))
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"} if template else {}))
+    return str(folder)
+
+
+def test_a_length_above_the_limit_is_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m")
+    assert check_model(ServeArgs(model=model, max_model_len=256)) == model
+    with pytest.raises(ServingError, match="257 is above the model's limit of 256 tokens"):
+        check_model(ServeArgs(model=model, max_model_len=257))
+
+
+def test_with_rope_scaling_the_limit_is_left_to_vllm(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    check_model(ServeArgs(model=model, max_model_len=1024))
+
+
+def test_a_tokenizer_without_chat_template_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = write_model(tmp_path / "m", template=False)
+    with caplog.at_level(logging.WARNING):
+        check_model(ServeArgs(model=model))
+    assert "has no chat template" in caplog.text
+    caplog.clear()
+    check_model(ServeArgs(model=model, engine={"chat_template": "t.jinja"}))
+    assert caplog.text == ""
+
+
+def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="holds a LoRA adapter"):
+        check_model(ServeArgs(model=str(tmp_path)))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="absent: there is no such file or folder"):
+        check_model(ServeArgs(model=str(tmp_path / "absent")))
+
+
+def test_a_relative_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    assert check_model(ServeArgs(model="./m")) == model
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServingError, match=f"127.0.0.1:{port}: cannot be listened on: Address already in use"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_replicas_must_fit_the_cluster() -> None:
+    check_resources(ServeArgs(model="m", num_replicas=2), {"CPU": 2.0})
+    with pytest.raises(ClusterError, match="3 replicas of 1 CPUs need 3, the cluster has 2"):
+        check_resources(ServeArgs(model="m", num_replicas=3), {"CPU": 2.0})
+    with pytest.raises(ClusterError, match="1 replicas of 1 GPUs need 1, the cluster has 0"):
+        check_resources(ServeArgs(model="m", num_gpus=1), {"CPU": 2.0})
+
+
+def test_gpus_follow_the_cluster_and_the_tensor_parallel_size() -> None:
+    assert replica_gpus(ServeArgs(model="m"), {"CPU": 2.0}) == 0.0
+    assert replica_gpus(ServeArgs(model="m"), {"GPU": 8.0}) == 1.0
+    assert replica_gpus(ServeArgs(model="m", engine={"tensor_parallel_size": 4}), {"GPU": 8.0}) == 4.0
+    assert replica_gpus(ServeArgs(model="m", num_gpus=0.5), {"GPU": 8.0}) == 0.5
+
+
+def test_several_replicas_do_not_bind_to_the_same_cores() -> None:
+    alone = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    assert replica_environment(ServeArgs(model="m")) == alone
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "4"}
+    assert replica_environment(ServeArgs(model="m", num_replicas=2, num_cpus=4)) == alone | bound
+
+
+@pytest.mark.parametrize(
+    ("proxy", "host", "num_nodes", "expected"),
+    [
+        ("auto", "127.0.0.1", 1, "haproxy"),
+        ("auto", "127.0.0.1", 2, "python"),
+        ("auto", "0.0.0.0", 2, "haproxy"),
+        ("python", "127.0.0.1", 1, "python"),
+    ],
+)
+def test_haproxy_stands_in_front_where_it_reaches_the_replicas(
+    proxy: str, host: str, num_nodes: int, expected: str
+) -> None:
+    config = ServeConfig.model_validate({"model": "m", "proxy": proxy, "host": host})
+    assert choose_proxy(config, num_nodes=num_nodes) == expected
+
+
+def test_each_haproxy_has_its_own_folder_and_ports() -> None:
+    one, other = (controller_environment("haproxy", scratch) for scratch in ("/tmp/a", "/tmp/b"))
+    assert one["RAY_SERVE_HAPROXY_SOCKET_PATH"] == "/tmp/a/admin.sock"
+    ports = [e[f"RAY_SERVE_HAPROXY_{kind}_PORT"] for e in (one, other) for kind in ("METRICS", "STATS")]
+    assert len(set(ports)) == 4
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in controller_environment("python", "/tmp/a")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "The deployment failed to start 1 times in a row.\nTraceback\nraylm.errors.ServingError: "
+            "/m: the engine did not start: ValueError: no memory\n",
+            "the engine did not start: ValueError: no memory",
+        ),
+        ("Traceback (most recent call last):\n  File x\nImportError: no vllm\n\n", "ImportError: no vllm"),
+        ("", "the deployment failed."),
+    ],
+)
+def test_one_line_says_why_the_engine_failed(message: str, expected: str) -> None:
+    assert engine_reason(message) == expected
