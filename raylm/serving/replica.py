@@ -40,6 +40,7 @@ class Replica:
         self._namespace = _parse(args, as_folder(args.model))
         try:
             self._engine = await self._exit_stack.enter_async_context(build_async_engine_client(self._namespace))
+            await self._answer_once()
         except Exception as error:
             # vLLM raises whatever its layers raise; the reason may stand in the log of the engine's own process.
             raise ServingError(args.model, f"the engine did not start: {_reason(error)}") from error
@@ -66,6 +67,15 @@ class Replica:
 
         app.router.lifespan_context = lifespan
         return app
+
+    async def _answer_once(self) -> None:
+        """One token before any client asks: what fails only in a forward pass fails here, and nobody waits for warm-up."""
+        from vllm import SamplingParams
+
+        if "generate" in await self._engine.get_supported_tasks():
+            prompt = {"prompt_token_ids": [0]}
+            async for _ in self._engine.generate(prompt, SamplingParams(max_tokens=1), request_id="raylm-start"):
+                pass
 
     async def check_health(self) -> None:
         """Raises when the engine is dead: Serve then replaces the replica."""

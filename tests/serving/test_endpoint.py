@@ -61,14 +61,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("server")
     (folder / "key").write_text(KEY + "\n")
     # Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(prefix="rl") as ray_dir, (folder / "log").open("w") as log:
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": ray_dir}
         options = [
-            f"model={tiny_model_dir}",
+            f"model={served_model_dir}",
             f"port={free_port()}",
             f"api_key_file={folder / 'key'}",
             "proxy=haproxy",
@@ -156,8 +156,8 @@ def test_only_health_is_open_without_the_key(server: Running) -> None:
     assert server.get("/metrics").status_code == 200
 
 
-def test_a_port_in_use_is_refused_before_anything_starts(server: Running, tiny_model_dir: Path) -> None:
-    taken = ServeConfig(model=str(tiny_model_dir), port=int(server.url.rsplit(":", 1)[1]))
+def test_a_port_in_use_is_refused_before_anything_starts(server: Running, served_model_dir: Path) -> None:
+    taken = ServeConfig(model=str(served_model_dir), port=int(server.url.rsplit(":", 1)[1]))
     with pytest.raises(ServingError, match="Address already in use"), serve(taken):
         pass
 
@@ -177,8 +177,8 @@ def test_ctrl_c_leaves_no_process_and_the_key_nowhere(server: Running) -> None:
     assert not [file for file in [server.log, *files] if KEY.encode() in file.read_bytes()]
 
 
-def test_the_python_proxy_on_a_ray_that_runs_already(ray_cluster: Any, tiny_model_dir: Path) -> None:
-    config = ServeConfig(model=str(tiny_model_dir), name="tiny", port=free_port(), proxy="python", kv_cache_gib=0.1)
+def test_the_python_proxy_on_a_ray_that_runs_already(ray_cluster: Any, served_model_dir: Path) -> None:
+    config = ServeConfig(model=str(served_model_dir), name="tiny", port=free_port(), proxy="python", kv_cache_gib=0.1)
     with serve(config) as endpoint:
         assert endpoint.proxy == "python"
         client = OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0)
@@ -194,9 +194,9 @@ def test_the_python_proxy_on_a_ray_that_runs_already(ray_cluster: Any, tiny_mode
     assert engines == []
 
 
-def test_an_engine_that_cannot_start_says_why_once(ray_cluster: Any, tiny_model_dir: Path) -> None:
+def test_an_engine_that_cannot_start_says_why_once(ray_cluster: Any, served_model_dir: Path) -> None:
     """Known fault W13: no restart loop, no hang."""
-    too_small = ServeConfig(model=str(tiny_model_dir), port=free_port(), kv_cache_gib=1e-6)
+    too_small = ServeConfig(model=str(served_model_dir), port=free_port(), kv_cache_gib=1e-6)
     with (
         pytest.raises(ServingError, match="the engine did not start: ValueError: No available memory"),
         serve(too_small),
