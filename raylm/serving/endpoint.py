@@ -59,10 +59,10 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
     """
     _check(config)
     with (
-        _terminated_like_interrupted(),
         no_process_left() as descendants,
         _quiet_serve_logger(),
         ray_session(config.cluster_address, num_cpus=os.cpu_count() or 1) as ray,
+        _terminated_like_interrupted(),  # after Ray, whose own handler ends the process within seconds
         front_door(config, num_nodes=sum(node["Alive"] for node in ray.nodes())) as door,
         _deployed(config),
     ):

@@ -69,7 +69,7 @@ class Replica:
         return app
 
     async def _answer_once(self) -> None:
-        """One token before any client asks: what fails only in a forward pass fails here, and nobody waits for warm-up."""
+        """One token before any client asks: what fails only in a forward pass fails here."""
         from vllm import SamplingParams
 
         if "generate" in await self._engine.get_supported_tasks():

@@ -64,6 +64,14 @@ def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
             return
 
 
+def final_figures(run_dir: Path) -> dict[str, Any]:
+    """The newest value of each figure."""
+    newest: dict[str, Any] = {}
+    for line in read_metrics(run_dir):
+        newest.update(line)
+    return newest
+
+
 def plot_losses(run_dir: Path, target: Path) -> None:
     """Draws training and evaluation loss over steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -62,10 +62,10 @@ def plan_resources(config: TrainConfig, cluster: dict[str, float]) -> Resources:
     return Resources(section.num_workers, per_worker, use_gpu)
 
 
-def fit(job: WorkerJob, data: TrainData, resources: Resources) -> dict[str, Any]:
+def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
     """Runs the job on Ray Train to its end; a lost worker restarts it from the newest complete checkpoint.
 
-    Returns the last reported figures. Raises the RaylmError a worker stopped for, or TrainingError.
+    Raises the RaylmError a worker stopped for, or TrainingError.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -89,12 +89,11 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> dict[str, Any]
         ),
     )
     try:
-        result = trainer.fit()
+        trainer.fit()
     except Exception as error:
         _raise_failure(job.run)
         raise _as_training_error(error) from error
     _raise_failure(job.run)
-    return dict(result.metrics or {})
 
 
 class _StreamFactory:

@@ -18,7 +18,7 @@ from raylm.data.templates import ChatTemplate
 from raylm.errors import CheckpointError
 from raylm.ray_session import ray_session
 from raylm.training.checkpoint import check_identity, newest_checkpoint, read_meta
-from raylm.training.metrics import EventsWriter, plot_losses
+from raylm.training.metrics import EventsWriter, final_figures, plot_losses
 from raylm.training.progress import watch_run
 from raylm.training.run_dir import RunDir, locate_run_dir, open_run_dir
 
@@ -61,7 +61,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         plan = _plan(config, store.lengths)
         job = _job(config, run, plan, store, report)
         clock.lap("tokenise")
-        metrics = fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
+        fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
         clock.lap("train")
     plot_losses(run.path, run.path / "loss.png")
     events.write("done")
@@ -71,7 +71,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         export_dir=str(run.export) if config.export.enabled else None,
         adapter_dir=str(run.adapter) if lora else None,
         steps=plan.num_steps,
-        metrics=metrics,
+        metrics=final_figures(run.path),
         data=report.summary(),
         seconds=clock.laps,
     )

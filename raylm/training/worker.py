@@ -144,7 +144,6 @@ class _WorkerHooks:
             strategy.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=strategy.device))
         )
         self._flops_per_token = 6 * matrix_parameters(strategy.module)
-        self._last: dict[str, Any] = {}
         self._announce("training", step=start_step, num_steps=job.num_steps, precision=precision)
 
     def step_done(self, result: StepResult) -> None:
@@ -165,7 +164,6 @@ class _WorkerHooks:
             "train/data_wait_s": result.data_seconds,
             **{f"memory/{name}": value for name, value in memory_gib(self._strategy.device).items()},
         }
-        self._last.update(figures)
         self._writer.write(result.step, figures)
 
     def evaluate(self, step: int) -> EvalResult | None:
@@ -177,7 +175,6 @@ class _WorkerHooks:
         result = evaluate(self._strategy, batches, precision=self._precision)
         figures = {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/loss_tokens": result.tokens}
         if self._writer is not None:
-            self._last.update(figures)
             self._writer.write(step, figures)
         self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
         return result
@@ -191,7 +188,7 @@ class _WorkerHooks:
             meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
             save_checkpoint(root, state, meta)
             prune(root, keep_last=section.keep_last, keep_best=section.keep_best)
-        self._report({"step": step, **self._last})
+        self._report({"step": step})
         self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
 
     def close(self) -> None:

@@ -23,7 +23,9 @@ class Rows:
         self.masks = [np.arange(len(ids)) >= rng.integers(1, len(ids)) for ids in self.ids]
         self.lengths = np.array([len(ids) for ids in self.ids], np.int32)
 
-    def stream(self, plan: RunPlan, micro: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterable[MicroBatch]:
+    def stream(
+        self, plan: RunPlan, micro: int, *, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterable[MicroBatch]:
         """What worker `rank` of `world` receives from step `start` on."""
         per_step = plan.global_batch_size // micro
         for step in range(start, plan.num_steps):

@@ -72,7 +72,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("raylm.training.checkpoint._flush", full)
-    with pytest.raises(CheckpointError, match="cannot be written: .*No space left on device"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left on device"):
         _save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
 

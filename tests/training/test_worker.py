@@ -48,7 +48,12 @@ def test_the_first_step_is_the_token_mean_of_plain_cross_entropy(tiny_model_dir:
 
 @pytest.mark.parametrize(
     "override",
-    ["training.micro_batch_size=4", "training.gradient_checkpointing=true", "model.attention=sdpa", "model.attention=eager"],
+    [
+        "training.micro_batch_size=4",
+        "training.gradient_checkpointing=true",
+        "model.attention=sdpa",
+        "model.attention=eager",
+    ],
 )
 def test_the_split_of_a_batch_changes_nothing(tiny_model_dir: Path, tmp_path: Path, override: str) -> None:
     reference = run_in_process(make_config(tiny_model_dir, tmp_path / "a"), ROWS)

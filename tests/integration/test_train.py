@@ -1,0 +1,141 @@
+"""`raylm.train` on a real Ray: Ray Data -> Ray Train -> checkpoints -> export."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+import raylm
+from raylm.errors import CheckpointError, ClusterError, DataError, ModelError, RaylmError
+from raylm.training.metrics import read_metrics
+from tests.conftest import PAIRS
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def settings(tiny_model_dir: Path, write_dataset: Any, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model.path": str(tiny_model_dir),
+        "data.train": str(write_dataset(PAIRS)),
+        "data.max_seq_len": 64,
+        "run.dir": str(tmp_path / "run"),
+        "training": {"num_epochs": 2, "global_batch_size": 4, "precision": "fp32"},
+        "optimizer.learning_rate": 1e-2,
+        "metrics.tensorboard": False,
+        "cluster.cpus_per_worker": 1,
+    }
+
+
+def _losses(run_dir: str | Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(Path(run_dir)) if "train/loss" in line]
+
+
+def _final_state(run_dir: str | Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    newest = sorted((Path(run_dir) / "checkpoints").glob("step-*"))[-1]
+    return load_file(newest / "state.safetensors")
+
+
+def test_two_ddp_workers_equal_one(settings: dict[str, Any], write_dataset: Any, tmp_path: Path) -> None:
+    """L03: labels are unevenly spread over ranks; Q01, Q03: seven evaluation rows over two workers, each once."""
+    evaluation = {"data.eval": str(write_dataset(PAIRS[:7], "eval.json")), "training.eval_interval_steps": 3}
+    one = raylm.train({**settings, **evaluation})
+    two = raylm.train({**settings, **evaluation}, {"run.dir": str(tmp_path / "two"), "cluster.num_workers": 2})
+    np.testing.assert_allclose(_losses(two.run_dir), _losses(one.run_dir), rtol=1e-5)
+    assert len(_losses(one.run_dir)) == one.steps
+    for key in ("eval/loss", "eval/loss_tokens"):
+        assert two.metrics[key] == pytest.approx(one.metrics[key], rel=1e-5)
+    first, second = _final_state(one.run_dir), _final_state(two.run_dir)
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+    assert one.export_dir is not None
+    exported = Path(one.export_dir)
+    assert {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"} <= {
+        file.name for file in exported.iterdir()
+    }
+    run = Path(one.run_dir)
+    assert (run / "loss.png").is_file()
+    assert json.loads((run / "data.json").read_text())["used"] == len(PAIRS)
+
+
+def test_a_killed_worker_restarts_and_ends_bit_for_bit_alike(settings: dict[str, Any], tmp_path: Path) -> None:
+    """C01, C03: SIGKILL in the middle; Ray Train restarts from the newest complete checkpoint."""
+    slow = {"training.num_epochs": 12, "checkpoint.interval_steps": 3}
+    whole = raylm.train({**settings, **slow})
+    target = tmp_path / "killed"
+    killed: list[int] = []
+
+    def kill_once() -> None:
+        while not killed:
+            time.sleep(0.02)
+            if len(_losses(target)) >= 7:
+                workers = [
+                    process
+                    for process in psutil.Process().children(recursive=True)
+                    if "RayTrainWorker" in " ".join(process.cmdline())
+                ]
+                for process in workers:
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+
+    thread = threading.Thread(target=kill_once, daemon=True)
+    thread.start()
+    again = raylm.train({**settings, **slow}, {"run.dir": str(target)})
+    thread.join(timeout=10)
+    assert killed
+    assert again.steps == whole.steps
+    assert _losses(target) == _losses(whole.run_dir)
+    first, second = _final_state(whole.run_dir), _final_state(target)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resuming_extends_a_run_and_refuses_another(settings: dict[str, Any]) -> None:
+    first = raylm.train(settings, {"training.max_steps": 4, "training.method": "lora", "lora.rank": 4})
+    assert first.adapter_dir is not None
+    assert (Path(first.adapter_dir) / "adapter_model.safetensors").is_file()
+    resume = {"training.method": "lora", "lora.rank": 4, "training.resume": "auto"}
+    with pytest.raises(CheckpointError, match="was made with lora="):
+        raylm.train(settings, {**resume, "lora.rank": 8})
+    again = raylm.train(settings, {**resume, "training.max_steps": 6})
+    assert again.steps == 6
+    assert [line["step"] for line in read_metrics(Path(again.run_dir))] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "message"),
+    [
+        ({"data.train": "absent.json"}, DataError, "there is no such file or folder"),
+        ({"model.path": "./absent"}, ModelError, "there is no such file or folder"),
+        ({"data.max_seq_len": 512}, ModelError, "512 is above the 256 positions"),
+        ({"cluster.num_workers": 2, "cluster.cpus_per_worker": 9}, ClusterError, "need 19 CPUs, the cluster has 6"),
+        ({"cluster.use_gpu": True}, ClusterError, "need 1 GPUs, the cluster has 0"),
+        ({"training.method": "lora", "lora.target_modules": ["W_pack"]}, ModelError, "match no linear module"),
+        ({"training.resume": "/absent/step-1"}, CheckpointError, "there is no such checkpoint"),
+    ],
+)
+def test_faults_are_raised_as_themselves(
+    settings: dict[str, Any], override: dict[str, Any], kind: type[RaylmError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        raylm.train(settings, override)
+
+
+def test_malformed_rows_stop_or_go_to_quarantine(settings: dict[str, Any], write_dataset: Any, tmp_path: Path) -> None:
+    rows: list[Any] = [*PAIRS]
+    rows[17] = {"messages": [{"role": "bot", "content": "x"}]}
+    settings = {**settings, "data.train": str(write_dataset(rows, "bad.json")), "training.max_steps": 1}
+    with pytest.raises(DataError, match=r"bad\.json: instance 17: role 'bot' is not one of"):
+        raylm.train(settings)
+    result = raylm.train(settings, {"run.dir": str(tmp_path / "q"), "data.on_bad_row": "quarantine"})
+    assert result.data["rejected"] == {"malformed": 1}
+    (line,) = (tmp_path / "q" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["index"] == 17
