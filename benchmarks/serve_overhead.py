@@ -48,7 +48,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Figures:
-    """tokens_per_second of all requests together; time_to_first_token_s is a median (to the answer when not streamed)."""
+    """tokens_per_second of all requests together; time_to_first_token_s a median (to the answer unless streamed)."""
 
     tokens_per_second: float
     time_to_first_token_s: float

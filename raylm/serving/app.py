@@ -17,9 +17,11 @@ MAX_ONGOING_REQUESTS = 100_000
 def build_app(args: ServeArgs) -> Any:
     """The application, for `serve.run`, for `serve run`, and as the import path of a Serve YAML.
 
-    Needs a connection to Ray. Raises ModelError, ServingError, ConfigError or ClusterError before an engine starts.
+    Raises ModelError, ServingError or ConfigError before an engine starts, and ClusterError where Ray is connected
+    and its cluster too small.
     """
     import ray
+    import torch
     from ray import serve
 
     from raylm.serving.replica import Replica
@@ -28,8 +30,12 @@ def build_app(args: ServeArgs) -> Any:
     key = read_api_key(args.api_key_file)
     settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
     replica_args = ServeArgs.model_validate({**settings, "model": check_model(args), "name": model_name(args)})
-    resources = ray.cluster_resources()
-    check_resources(args, resources)
+    if ray.is_initialized():
+        resources = ray.cluster_resources()
+        check_resources(args, resources)
+    else:
+        # `serve run` builds the application before it connects: this machine stands for the cluster then.
+        resources = {"GPU": float(torch.cuda.device_count())}
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="engine",
