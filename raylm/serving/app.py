@@ -1,6 +1,7 @@
 """The Serve application: how replicas are placed, and what `serve run` and `serve deploy` build."""
 
 import logging
+import os
 from typing import Any
 
 from raylm.config.serving import ServeArgs
@@ -36,14 +37,15 @@ def build_app(args: ServeArgs) -> Any:
     else:
         # `serve run` builds the application before it connects: this machine stands for the cluster then.
         resources = {"GPU": float(torch.cuda.device_count())}
+    gpus = replica_gpus(args, resources)
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="engine",
         num_replicas=args.num_replicas,
         ray_actor_options={
             "num_cpus": args.num_cpus,
-            "num_gpus": replica_gpus(args, resources),
-            "runtime_env": {"env_vars": replica_environment(args)},
+            "num_gpus": gpus,
+            "runtime_env": {"env_vars": replica_environment(args, on_cpu=gpus == 0)},
         },
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_constructor_retry_count=1,  # an engine that fails once fails again: say why instead
@@ -53,13 +55,18 @@ def build_app(args: ServeArgs) -> Any:
     return deployment.bind(replica_args, digest(key) if key else None)
 
 
-def replica_environment(args: ServeArgs) -> dict[str, str]:
+def replica_environment(args: ServeArgs, *, on_cpu: bool) -> dict[str, str]:
     """Variables of the replica's process and of its engine's.
 
-    One replica binds its compute threads to cores, as vLLM does by itself. Several on a node would all bind to the
-    same cores, so they run unbound on `num_cpus` threads each.
+    Without GPU the engine's process computes by itself instead of starting a worker: one start-up and one hop less.
+    Its threads run unbound, as many as the machine has cores; of several replicas on a node, on `num_cpus` each.
     """
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    if args.num_replicas > 1:
-        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(args.num_cpus)}
+    if on_cpu:
+        threads = args.num_cpus if args.num_replicas > 1 else os.cpu_count() or 1
+        environment |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # AsyncLLM still has its engine process; the worker joins it
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+        }
     return environment

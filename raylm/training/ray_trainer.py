@@ -13,6 +13,7 @@ from raylm.config import TrainConfig
 from raylm.data.stream import MicroBatch, micro_batches, ordered_stream, split_in_turn, to_micro_batch
 from raylm.errors import ClusterError, RaylmError, TrainingError
 from raylm.training.checkpoint import newest_checkpoint, read_meta
+from raylm.training.hardware import keep_freed_memory
 from raylm.training.run_dir import CONFIG_FILE, RunDir
 from raylm.training.worker import WorkerData, WorkerJob, run_worker, write_failure
 
@@ -85,6 +86,8 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
         run_config=RunConfig(
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(job.run.ray),
+            # Threads that wait give their core away: spinning ones slow a shared machine down many times over.
+            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
@@ -158,6 +161,7 @@ def _train_function(settings: dict[str, Any]) -> None:
         else:
             device = torch.device("cpu")
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+            keep_freed_memory()
         rank, world_size = context.get_world_rank(), context.get_world_size()
         data = WorkerData(
             train=lambda: micro_batches(ray.train.get_dataset_shard("train"), job.config.training.micro_batch_size),
