@@ -22,7 +22,7 @@ def ask_all(server: Any, identity: dict[str, Any], general: list[dict[str, Any]]
         return answer.choices[0].message.content or ""
 
     questions = identity["questions"] + [item["question"] for item in general]
-    with ThreadPoolExecutor(max_workers=16) as pool:
+    with ThreadPoolExecutor(max_workers=30) as pool:
         return list(pool.map(ask, questions))
 
 

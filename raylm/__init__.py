@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raylm.training.run import TrainResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "generate", "serve", "train"]
+__all__ = ["__version__", "generate", "serve", "session", "train"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -49,6 +49,19 @@ def serve(
     from raylm.serving import serve as start
 
     return start(resolved)
+
+
+def session(address: str | None = None, num_cpus: int | None = None) -> "AbstractContextManager[Any]":
+    """One Ray for several calls: connects to `address`, RAY_ADDRESS or this job's cluster, else starts a local Ray.
+
+    num_cpus: logical CPUs of a local Ray; default: the machine's, and one for the data. Without a session each call
+    opens and closes its own.
+    """
+    import os
+
+    from raylm.ray_session import ray_session
+
+    return ray_session(address, num_cpus=num_cpus or (os.cpu_count() or 1) + 1)
 
 
 def generate(config: "str | Path | Mapping[str, Any] | GenerateConfig", overrides: Overrides = ()) -> "GenerateResult":

@@ -30,6 +30,7 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
     if ray.is_initialized():
         yield ray
         return
+    _quiet_ray()
     remote = address or os.environ.get("RAY_ADDRESS")
     if remote:
         try:
@@ -59,6 +60,15 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
 def inside_ray_job() -> bool:
     """True in the driver of `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _quiet_ray() -> None:
+    """Ray reports every dataset execution at INFO, and its own safe default (token authentication) as a warning."""
+    import ray.data  # noqa: F401  (it sets its level when it is imported)
+
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import socket
 from pathlib import Path
 
@@ -89,10 +90,13 @@ def test_gpus_follow_the_cluster_and_the_tensor_parallel_size() -> None:
 
 
 def test_several_replicas_do_not_bind_to_the_same_cores() -> None:
-    alone = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    assert replica_environment(ServeArgs(model="m")) == alone
-    bound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "4"}
-    assert replica_environment(ServeArgs(model="m", num_replicas=2, num_cpus=4)) == alone | bound
+    private = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    assert replica_environment(ServeArgs(model="m"), on_cpu=False) == private
+    alone = replica_environment(ServeArgs(model="m"), on_cpu=True)
+    assert alone["OMP_NUM_THREADS"] == str(os.cpu_count())
+    several = replica_environment(ServeArgs(model="m", num_replicas=2, num_cpus=4), on_cpu=True)
+    assert several == {**alone, "OMP_NUM_THREADS": "4"}
+    assert several["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
 @pytest.mark.parametrize(
