@@ -16,7 +16,7 @@ CHAT = [
 
 
 def _with(tokenizer: Any, template: str | None) -> Any:
-    other = copy.copy(tokenizer)
+    other = copy.deepcopy(tokenizer)
     other.chat_template = template
     return other
 

@@ -50,7 +50,7 @@ def test_marked_tokens_decode_to_what_the_assistant_says(tokenizer: Any, turns: 
 
 def test_pad_equal_to_eos_does_not_unlabel_the_end(tokenizer: Any) -> None:
     """D02."""
-    other = copy.copy(tokenizer)
+    other = copy.deepcopy(tokenizer)
     other.pad_token = other.eos_token
     (row,) = tokenize_segments(other, [ChatTemplate(other, "m").render(_chat("hi", "yes"))])
     ends = np.flatnonzero(row.input_ids == other.eos_token_id)
