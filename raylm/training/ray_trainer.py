@@ -120,10 +120,7 @@ class _StreamFactory:
 
 def start_point(job: WorkerJob) -> Path | None:
     """The checkpoint a group of workers starts from: the newest this run has written, else the one resumed from."""
-    newest = newest_checkpoint(job.run.checkpoints)
-    if newest and job.start_from and job.start_from.parent == job.run.checkpoints:
-        return max(newest, job.start_from)
-    return newest or job.start_from
+    return newest_checkpoint(job.run.checkpoints) or job.start_from
 
 
 def _data_config() -> Any:

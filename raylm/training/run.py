@@ -215,6 +215,13 @@ def _resume_point(config: TrainConfig, run: RunDir, identity: dict[str, Any]) ->
     if resume != "auto":
         path = Path(resume).expanduser().resolve()
         check_identity(path, read_meta(path), identity)
+        newest = newest_checkpoint(run.checkpoints)
+        if newest is not None and newest.resolve() != path:
+            raise CheckpointError(
+                str(path),
+                f"{run.path} holds its own checkpoints, the newest {newest.name}, which this run would mix with.",
+                "Choose a new run.dir to branch off, or training.resume=auto to go on from the newest.",
+            )
         return path
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:

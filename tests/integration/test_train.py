@@ -107,6 +107,9 @@ def test_resuming_extends_a_run_and_refuses_another(settings: dict[str, Any]) ->
         raylm.train(settings, {**resume, "lora.rank": 8})
     again = raylm.train(settings, {**resume, "training.max_steps": 6})
     assert again.steps == 6
+    older = {**resume, "training.resume": f"{first.run_dir}/checkpoints/step-00000004"}
+    with pytest.raises(CheckpointError, match="holds its own checkpoints, the newest step-00000006"):
+        raylm.train(settings, older)
     assert [line["step"] for line in read_metrics(Path(again.run_dir))] == [1, 2, 3, 4, 5, 6]
 
 
