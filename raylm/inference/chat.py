@@ -16,10 +16,15 @@ def chat_in_terminal(
     *,
     api_key: str | None = None,
     system: str | None = None,
+    max_tokens: int | None = None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] | None = None,
 ) -> None:
-    """Runs until /quit. url: of the server, with or without /v1. Raises ServingError when it does not answer."""
+    """Runs until /quit; answers are the likeliest ones, so the same words get the same answer.
+
+    url: of the server, with or without /v1; max_tokens: of an answer, default the model's room. Raises ServingError
+    when the server does not answer.
+    """
     write = write or _write
     client, model = _connect(url, api_key)
     history: list[dict[str, str]] = _start(system)
@@ -38,14 +43,14 @@ def chat_in_terminal(
         elif line.startswith("/"):
             write(HELP + "\n")
         elif line:
-            _turn(client, model, history, line, write)
+            history.append({"role": "user", "content": line})
+            _turn(_stream(client, model, history, max_tokens), history, write)
 
 
-def _turn(client: Any, model: str, history: list[dict[str, str]], line: str, write: Callable[[str], None]) -> None:
-    history.append({"role": "user", "content": line})
+def _turn(pieces: Iterator[str], history: list[dict[str, str]], write: Callable[[str], None]) -> None:
     answer = ""
     try:
-        for piece in _stream(client, model, history):
+        for piece in pieces:
             write(piece)
             answer += piece
     except KeyboardInterrupt:
@@ -58,11 +63,14 @@ def _turn(client: Any, model: str, history: list[dict[str, str]], line: str, wri
     history.append({"role": "assistant", "content": answer})
 
 
-def _stream(client: Any, model: str, history: list[dict[str, str]]) -> Iterator[str]:
+def _stream(client: Any, model: str, history: list[dict[str, str]], max_tokens: int | None) -> Iterator[str]:
     import openai
 
+    limit = {"max_tokens": max_tokens} if max_tokens else {}
     try:
-        for chunk in client.chat.completions.create(model=model, messages=history, stream=True):
+        for chunk in client.chat.completions.create(
+            model=model, messages=history, stream=True, temperature=0.0, **limit
+        ):
             if chunk.choices and chunk.choices[0].delta.content:
                 yield chunk.choices[0].delta.content
     except openai.APIError as error:

@@ -21,6 +21,7 @@ from openai import OpenAI
 
 from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
+from raylm.inference.chat import HELP, chat_in_terminal
 from raylm.serving import serve
 
 KEY = "s3cret-" + "k" * 24
@@ -157,6 +158,29 @@ def test_only_health_is_open_without_the_key(server: Running) -> None:
         assert server.get(path, method, key=None).status_code == 401, (method, path)
         assert server.get(path, method, key="wrong").status_code == 401, (method, path)
     assert server.get("/metrics").status_code == 200
+
+
+def test_chatting_in_the_terminal(server: Running) -> None:
+    """A first answer, a reset, a second one, and the way out; the tiny model's answers are noise."""
+    lines = iter(["hello", "/reset", "", "/what", "hello", "/quit"])
+    shown: list[str] = []
+    prompts: list[str] = []
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        return next(lines)
+
+    options: dict[str, Any] = {"system": "Be brief.", "max_tokens": 8, "read": read, "write": shown.append}
+    chat_in_terminal(server.url, api_key=KEY, **options)
+    assert prompts == ["> "] * 6
+    text = "".join(shown)
+    assert text.startswith("tiny-llama at http://127.0.0.1:")
+    before, after = text.split("Started over.\n")
+    assert before.splitlines()[1:] == after.split(HELP + "\n")[1].splitlines()  # nothing of the first turn is left
+    with pytest.raises(ServingError, match="asks for an API key"):
+        chat_in_terminal(server.url, **options)
+    with pytest.raises(ServingError, match="does not answer"):
+        chat_in_terminal(f"http://127.0.0.1:{free_port()}", **options)
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(server: Running, served_model_dir: Path) -> None:

@@ -1,0 +1,45 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from raylm.config import TrainConfig, load_config
+from raylm.errors import ClusterError, DataError
+from raylm.training.ray_trainer import Resources, _raise_failure, plan_resources
+from raylm.training.run_dir import RunDir
+from raylm.training.worker import write_failure
+
+
+def _config(**cluster: object) -> TrainConfig:
+    return load_config(TrainConfig, {"model.path": "m", "data.train": "d", "cluster": cluster})
+
+
+def test_cpus_are_shared_out_and_one_is_left_for_the_data() -> None:
+    assert plan_resources(_config(), {"CPU": 2.0}) == Resources(1, 1, False)
+    assert plan_resources(_config(num_workers=2), {"CPU": 16.0}) == Resources(2, 7, False)
+    assert plan_resources(_config(num_workers=2, cpus_per_worker=3), {"CPU": 16.0}) == Resources(2, 3, False)
+
+
+def test_gpus_are_used_where_each_worker_can_have_one() -> None:
+    assert plan_resources(_config(num_workers=2), {"CPU": 16.0, "GPU": 2.0}) == Resources(2, 1, True)
+    assert plan_resources(_config(num_workers=4), {"CPU": 16.0, "GPU": 2.0}) == Resources(4, 3, False)
+    assert plan_resources(_config(use_gpu=False), {"CPU": 16.0, "GPU": 2.0}).use_gpu is False
+
+
+def test_more_workers_than_the_cluster_has() -> None:
+    with pytest.raises(
+        ClusterError, match="4 workers of 1 CPUs and one CPU for the data need 5 CPUs, the cluster has 4"
+    ):
+        plan_resources(_config(num_workers=4), {"CPU": 4.0})
+    with pytest.raises(ClusterError, match="2 workers with a GPU each need 2 GPUs, the cluster has 1"):
+        plan_resources(_config(num_workers=2, use_gpu=True), {"CPU": 8.0, "GPU": 1.0})
+
+
+def test_a_workers_error_reaches_the_driver_as_itself(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    _raise_failure(run)
+    write_failure(run, DataError("a.json", "is empty.", "Fill it."))
+    write_failure(run, ClusterError("later", "is not the cause."))
+    assert json.loads(run.failure.read_text())["kind"] == "DataError"
+    with pytest.raises(DataError, match=r"a\.json: is empty\. Fill it\."):
+        _raise_failure(run)
