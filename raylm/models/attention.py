@@ -39,7 +39,7 @@ def resolve_attention(name: str, device: torch.device) -> str:
     return name
 
 
-def packed_arguments(seq_lengths: Tensor, implementation: str) -> dict[str, Any]:
+def packed_arguments(seq_lengths: Tensor, implementation: str, device: torch.device) -> dict[str, Any]:
     """What a transformers model needs besides input_ids and position_ids to keep packed sequences apart.
 
     seq_lengths: (s,) int64 tokens of each sequence, on the CPU. sdpa and eager find the borders in position_ids.
@@ -49,6 +49,8 @@ def packed_arguments(seq_lengths: Tensor, implementation: str) -> dict[str, Any]
     borders = torch.zeros(len(seq_lengths) + 1, dtype=torch.int32)
     torch.cumsum(seq_lengths, 0, out=borders[1:])
     longest = int(seq_lengths.max())
+    if implementation != SEGMENTS:  # which reads the borders on the CPU; flash-attention's kernel wants them beside q
+        borders = borders.to(device)
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
 
 

@@ -44,7 +44,7 @@ class LossModule(nn.Module):
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            **packed_arguments(batch.seq_lengths, causal.config._attn_implementation),
+            **packed_arguments(batch.seq_lengths, causal.config._attn_implementation, batch.input_ids.device),
         )
         return output.last_hidden_state[0]
 

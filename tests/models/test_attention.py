@@ -30,7 +30,7 @@ LENGTHS = (5, 9, 1, 7)
 def _hidden(model: torch.nn.Module, ids: list[torch.Tensor], implementation: str) -> torch.Tensor:
     lengths = torch.tensor([len(part) for part in ids])
     positions = torch.cat([torch.arange(len(part)) for part in ids])[None]
-    extra = packed_arguments(lengths, implementation)
+    extra = packed_arguments(lengths, implementation, CPU)
     return model(input_ids=torch.cat(ids)[None], position_ids=positions, use_cache=False, **extra).logits[0]
 
 
