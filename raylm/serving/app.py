@@ -1,15 +1,12 @@
 """The Serve application: how replicas are placed, and what `serve run` and `serve deploy` build."""
 
-import logging
 import os
 from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.serving.api_key import digest, read_api_key
-from raylm.serving.checks import check_model, check_resources, replica_gpus
+from raylm.serving.checks import check_model, check_resources, replica_gpus, warn_without_chat_template
 from raylm.serving.engine_args import check_engine_keys, model_name
-
-logger = logging.getLogger(__name__)
 
 # The engine queues by itself and batches what it gets, so Serve must not hold requests back.
 MAX_ONGOING_REQUESTS = 100_000
@@ -28,6 +25,7 @@ def build_app(args: ServeArgs) -> Any:
     from raylm.serving.replica import Replica
 
     check_engine_keys(args.engine)
+    warn_without_chat_template(args)
     key = read_api_key(args.api_key_file)
     settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
     replica_args = ServeArgs.model_validate({**settings, "model": check_model(args), "name": model_name(args)})

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 def check_model(args: ServeArgs) -> str:
     """Checks the model's folder, and returns `model` as a replica with another working directory finds it.
 
-    Warns when there is no chat template. Raises ModelError for a folder without a servable model, and ServingError
-    for a `max_model_len` above the model's limit. A hub id is left to vLLM.
+    Raises ModelError for a folder without a servable model, and ServingError for a `max_model_len` above the model's
+    limit. A hub id is left to vLLM.
     """
     folder = Path(as_folder(args.model))
     if folder.is_dir():
@@ -27,20 +27,21 @@ def check_model(args: ServeArgs) -> str:
                 args.model, "holds a LoRA adapter, not a whole model.", "Serve the base model or an export."
             )
         _check_length(args, _read_json(folder / "config.json"))
-        if "chat_template" not in args.engine and not has_chat_template(folder):
-            logger.warning(
-                "%s: the tokenizer has no chat template: /v1/chat/completions answers 400, /v1/completions works. "
-                "Set engine.chat_template to a Jinja file to chat.",
-                args.model,
-            )
     return args.model if args.model.startswith(PACKAGE_PREFIX) else locate(args.model).path
 
 
-def has_chat_template(folder: Path) -> bool:
-    """True when the tokenizer in the folder brings a chat template."""
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    return bool(_read_json(folder / "tokenizer_config.json").get("chat_template"))
+def warn_without_chat_template(args: ServeArgs) -> None:
+    """Says that chat will be refused, where neither the tokenizer in the folder nor `engine` brings a template."""
+    folder = Path(as_folder(args.model))
+    if not folder.is_dir() or "chat_template" in args.engine:
+        return
+    in_file = any((folder / f"chat_template.{suffix}").is_file() for suffix in ("jinja", "json"))
+    if not in_file and not _read_json(folder / "tokenizer_config.json").get("chat_template"):
+        logger.warning(
+            "%s: the tokenizer has no chat template: /v1/chat/completions answers 400, /v1/completions works. "
+            "Set engine.chat_template to a Jinja file to chat.",
+            args.model,
+        )
 
 
 def check_port(host: str, port: int) -> None:

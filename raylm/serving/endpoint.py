@@ -1,5 +1,6 @@
 """`raylm.serve`: a server for the length of a block, and nothing left behind after it."""
 
+import http.client
 import logging
 import os
 import re
@@ -63,15 +64,15 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
         _quiet_serve_logger(),
         ray_session(config.cluster_address, num_cpus=os.cpu_count() or 1) as ray,
         _terminated_like_interrupted(),  # after Ray, whose own handler ends the process within seconds
-        front_door(config, num_nodes=sum(node["Alive"] for node in ray.nodes())) as door,
-        _deployed(config),
+        descendants.noted(),
     ):
-        try:
+        app = build_app(config)
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
+        with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
             endpoint = Endpoint(f"http://{_client_host(door.host)}:{door.port}", model_name(config), door.proxy)
+            logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
             _wait_until_ready(endpoint, config)
             yield endpoint
-        finally:
-            descendants.note()
 
 
 def _check(config: ServeConfig) -> None:
@@ -88,7 +89,7 @@ def _check(config: ServeConfig) -> None:
 
 
 @contextmanager
-def _deployed(config: ServeConfig) -> Iterator[None]:
+def _deployed(app: Any) -> Iterator[None]:
     """The application, deleted at the end."""
     from ray import serve
 
@@ -96,11 +97,8 @@ def _deployed(config: ServeConfig) -> Iterator[None]:
         raise ServingError(
             "cluster", f"runs an application {APP_NAME!r} already.", f"Delete it first: serve.delete({APP_NAME!r})"
         )
-    logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
     try:
-        serve.run_many(
-            [serve.RunTarget(build_app(config), name=APP_NAME, route_prefix="/")], wait_for_applications_running=False
-        )
+        serve.run_many([serve.RunTarget(app, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
         yield
     finally:
         logger.info("stopping the server")
@@ -145,7 +143,7 @@ def is_ready(url: str) -> bool:
     try:
         with opener.open(f"{url}/health", timeout=_WATCH_S) as response:
             return response.status == 200
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
 
 

@@ -26,9 +26,11 @@ def model_name(args: ServeArgs) -> str:
 
 
 def check_engine_keys(engine: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a key of `engine` that has a field of its own."""
+    """Raises ConfigError for a key of `engine` with dashes, or with a field of its own."""
     for key in engine:
-        field = RESERVED.get(key.replace("-", "_"))
+        if "-" in key:
+            raise ConfigError(f"engine.{key}", "has dashes.", f"Write engine.{key.replace('-', '_')}.")
+        field = RESERVED.get(key)
         if field:
             raise ConfigError(f"engine.{key}", "is set by a key of its own.", f"Set {field} instead.")
 
@@ -46,7 +48,7 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
-    settings |= {key.replace("-", "_"): value for key, value in args.engine.items()}
+    settings |= args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 
 

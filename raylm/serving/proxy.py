@@ -55,13 +55,12 @@ def front_door(config: ServeConfig, *, num_nodes: int) -> Iterator[FrontDoor]:
     proxy = choose_proxy(config, num_nodes=num_nodes)
     scratch = tempfile.mkdtemp(prefix="raylm-serve-")  # mode 700: HAProxy's admin socket is open to all who reach it
     try:
-        environment = controller_environment(proxy, scratch)
-        serve.start(
-            http_options={"host": config.host, "port": config.port},
-            controller_options={"runtime_env": {"env_vars": environment}},
-            logging_config={"enable_access_log": False},
-        )
         try:
+            serve.start(
+                http_options={"host": config.host, "port": config.port},
+                controller_options={"runtime_env": {"env_vars": controller_environment(proxy, scratch)}},
+                logging_config={"enable_access_log": False},
+            )
             yield FrontDoor(config.host, config.port, proxy)
         finally:
             _shut_down()

@@ -4,15 +4,25 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raylm.config.serving import ServeArgs, ServeConfig
 from raylm.errors import ClusterError, ModelError, ServingError
 from raylm.serving.app import replica_environment
-from raylm.serving.checks import check_model, check_port, check_resources, replica_gpus
+from raylm.serving.checks import (
+    check_model,
+    check_port,
+    check_resources,
+    replica_gpus,
+    warn_without_chat_template,
+)
 from raylm.serving.endpoint import engine_reason
+from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import choose_proxy, controller_environment
 
 
@@ -39,10 +49,10 @@ def test_with_rope_scaling_the_limit_is_left_to_vllm(tmp_path: Path) -> None:
 def test_a_tokenizer_without_chat_template_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = write_model(tmp_path / "m", template=False)
     with caplog.at_level(logging.WARNING):
-        check_model(ServeArgs(model=model))
+        warn_without_chat_template(ServeArgs(model=model))
     assert "has no chat template" in caplog.text
     caplog.clear()
-    check_model(ServeArgs(model=model, engine={"chat_template": "t.jinja"}))
+    warn_without_chat_template(ServeArgs(model=model, engine={"chat_template": "t.jinja"}))
     assert caplog.text == ""
 
 
@@ -137,3 +147,28 @@ def test_each_haproxy_has_its_own_folder_and_ports() -> None:
 )
 def test_one_line_says_why_the_engine_failed(message: str, expected: str) -> None:
     assert engine_reason(message) == expected
+
+
+def test_a_process_that_outlives_its_parent_is_ended_by_its_id() -> None:
+    command = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.read()"
+    with no_process_left() as descendants, descendants.noted():
+        parent = subprocess.Popen(
+            [sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert parent.stdout is not None
+        orphan = psutil.Process(int(parent.stdout.readline()))
+    assert orphan.is_running()  # its parent is still there: it is none of ours to end
+    with no_process_left() as descendants:
+        with descendants.noted():
+            other = subprocess.Popen(
+                [sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            assert other.stdout is not None
+            late = psutil.Process(int(other.stdout.readline()))
+        other.kill()
+        other.wait()
+    assert not late.is_running() or late.status() == psutil.STATUS_ZOMBIE
+    assert orphan.is_running()
+    orphan.kill()
+    parent.communicate()
+    other.communicate()

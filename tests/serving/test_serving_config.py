@@ -1,6 +1,9 @@
 """The configuration of a server, and the command line it becomes."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from raylm.config.load import load_config
 from raylm.config.serving import ServeArgs, ServeConfig
@@ -67,7 +70,7 @@ def test_bfloat16_is_the_default_where_the_processor_multiplies_it() -> None:
 def test_engine_arguments_win_over_our_defaults_and_keep_their_types() -> None:
     engine = {
         "enforce_eager": False,
-        "kv-cache-memory-bytes": None,
+        "kv_cache_memory_bytes": None,
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4},
         "allowed_origins": ["*", "http://a"],
         "stream_interval": 4,
@@ -82,8 +85,22 @@ def test_engine_arguments_win_over_our_defaults_and_keep_their_types() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "field"), [("api_key", "api_key_file"), ("served-model-name", "name"), ("port", "port")]
+    ("key", "field"), [("api_key", "api_key_file"), ("served_model_name", "name"), ("port", "port")]
 )
 def test_an_engine_argument_with_a_key_of_its_own_is_refused(key: str, field: str) -> None:
     with pytest.raises(ConfigError, match=f"Set {field} instead"):
         check_engine_keys({key: "x"})
+
+
+def test_an_engine_argument_is_written_with_underscores() -> None:
+    with pytest.raises(ConfigError, match=r"engine.stream-interval: has dashes. Write engine.stream_interval."):
+        check_engine_keys({"stream-interval": 4})
+
+
+def test_the_shipped_serve_yaml_is_valid() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    text = (Path(__file__).parents[2] / "serve" / "chat.yaml").read_text()
+    [application] = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    assert application.import_path == "raylm.serving:build_app"
+    assert ServeArgs.model_validate(application.args).model == "HuggingFaceTB/SmolLM2-135M-Instruct"
