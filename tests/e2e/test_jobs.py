@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def _losses(run_dir: Path) -> list[float]:
 @pytest.fixture
 def cluster() -> Iterator[dict[str, str]]:
     """A head node of its own, started with `ray start` as a user would."""
-    environment = dict(os.environ)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     start = [str(BIN / "ray"), "start", "--head", f"--port={PORT}", "--dashboard-port=48265", "--num-cpus=2"]
     subprocess.run(start, check=True, capture_output=True, timeout=180, env=environment)
     yield {**environment, "RAY_ADDRESS": "http://127.0.0.1:48265"}
