@@ -36,32 +36,30 @@ def cluster() -> Iterator[dict[str, str]]:
     subprocess.run([str(BIN / "ray"), "stop"], check=True, capture_output=True, timeout=180)
 
 
+def _submit(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`; a head node that has just started needs a moment until it takes jobs."""
+    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", sys.executable, "-m", "jobs.train"]
+    for _ in range(10):
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment
+        )
+        if "No available agent" not in done.stdout + done.stderr:
+            break
+        time.sleep(10)
+    return done
+
+
 def test_a_submitted_job_succeeds_with_the_same_artefacts(
     cluster: dict[str, str], tiny_model_dir: Path, write_dataset: Any, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     options = [f"model.path={tiny_model_dir}", f"data.train={write_dataset(PAIRS)}", "data.max_seq_len=64"]
-    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", sys.executable, "-m", "jobs.train"]
-    done = subprocess.run(
-        [*submit, "examples/tiny.yaml", f"run.dir={run_dir}", *options],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env=cluster,
-    )
+    done = _submit(["examples/tiny.yaml", f"run.dir={run_dir}", *options], cluster)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "succeeded" in (done.stdout + done.stderr).lower()
     assert len(_losses(run_dir)) == 4
     assert (run_dir / "export" / "model.safetensors").is_file()
-    relative = subprocess.run(
-        [*submit, "examples/tiny.yaml", "run.dir=relative", *options],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env=cluster,
-    )
+    relative = _submit(["examples/tiny.yaml", "run.dir=relative", *options], cluster)
     assert "is relative, and a Ray job runs in a temporary folder" in relative.stdout + relative.stderr
     assert relative.returncode != 0
 
