@@ -18,7 +18,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 \
 		--extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' $(LOCK))"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(UV)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r $(LOCK) || \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r $(LOCK) || \
 		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(STAMP)

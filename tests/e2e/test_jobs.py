@@ -30,10 +30,12 @@ def _losses(run_dir: Path) -> list[float]:
 def cluster() -> Iterator[dict[str, str]]:
     """A head node of its own, started with `ray start` as a user would."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    start = [str(BIN / "ray"), "start", "--head", f"--port={PORT}", "--dashboard-port=48265", "--num-cpus=2"]
-    subprocess.run(start, check=True, capture_output=True, timeout=180, env=environment)
+    start = [str(BIN / "ray"), "start", "--head", f"--port={PORT}", "--dashboard-port=48265", "--num-cpus=2", "--block"]
+    # Not `ray stop` at the end: it would stop every Ray on the machine.
+    head = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     yield {**environment, "RAY_ADDRESS": "http://127.0.0.1:48265"}
-    subprocess.run([str(BIN / "ray"), "stop"], check=True, capture_output=True, timeout=180)
+    head.terminate()
+    head.wait(timeout=60)
 
 
 def _submit(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -43,7 +45,8 @@ def _submit(arguments: list[str], environment: dict[str, str]) -> subprocess.Com
         done = subprocess.run(
             [*command, *arguments], capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment
         )
-        if "No available agent" not in done.stdout + done.stderr:
+        output = done.stdout + done.stderr
+        if not any(reason in output for reason in ("No available agent", "Failed to connect", "ConnectionError")):
             break
         time.sleep(10)
     return done
