@@ -16,7 +16,7 @@ import torch
 import raylm
 from raylm.errors import CheckpointError, ClusterError, DataError, ModelError, RaylmError
 from raylm.training.metrics import read_metrics
-from tests.conftest import PAIRS
+from tests.conftest import PAIRS, command_line
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -81,7 +81,7 @@ def test_a_killed_worker_restarts_and_ends_bit_for_bit_alike(settings: dict[str,
                 workers = [
                     process
                     for process in psutil.Process().children(recursive=True)
-                    if "RayTrainWorker" in " ".join(process.cmdline())
+                    if "RayTrainWorker" in command_line(process)
                 ]
                 for process in workers:
                     os.kill(process.pid, signal.SIGKILL)

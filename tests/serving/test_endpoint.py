@@ -23,12 +23,14 @@ from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
 from raylm.inference.chat import HELP, chat_in_terminal
 from raylm.serving import serve
+from tests.conftest import command_line
 
 KEY = "s3cret-" + "k" * 24
 PROGRAM = """
 import sys
 from raylm.config import ServeConfig, load_config
 from raylm.serving import serve
+from tests.conftest import command_line
 
 with serve(load_config(ServeConfig, {}, sys.argv[1:])) as server:
     print(server.proxy, server.url, flush=True)
@@ -192,7 +194,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(server: Running, served
 def test_ctrl_c_leaves_no_process_and_the_key_nowhere(server: Running) -> None:
     """Known fault Z01. Stops the module's server, so it is the last test that uses it."""
     started = psutil.Process(server.process.pid).children(recursive=True)
-    command_lines = [" ".join(process.cmdline()) for process in started]
+    command_lines = [command_line(process) for process in started]
     assert any("haproxy" in line for line in command_lines)
     assert any("EngineCore" in line for line in command_lines)
     server.process.send_signal(signal.SIGINT)
@@ -217,7 +219,7 @@ def test_the_python_proxy_on_a_ray_that_runs_already(ray_cluster: Any, served_mo
         with pytest.raises(ServingError, match="runs an application 'raylm' already"), serve(config):
             pass
     assert ray_cluster.is_initialized()
-    engines = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline())]
+    engines = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in command_line(p)]
     assert engines == []
 
 
