@@ -36,16 +36,6 @@ class RunPlan:
             first += steps
         raise IndexError(f"step {step} is past the end of the run ({first} steps)")
 
-    def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps, as a fraction."""
-        first = 0
-        for epoch in range(len(self.epochs)):
-            steps = self.steps_in_epoch(epoch)
-            if step < first + steps:
-                return epoch + (step - first) / steps
-            first += steps
-        return float(len(self.epochs))
-
 
 def plan_run(
     lengths: np.ndarray,

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerJob:
-    """All a worker needs to know, as plain values. epoch_at: epochs done after each step (num_steps + 1 values)."""
+    """All a worker needs to know, as plain values. steps_per_epoch: global batches of each epoch."""
 
     config: TrainConfig
     run: RunDir
@@ -85,7 +85,7 @@ def run_worker(
     try:
         run_loop(
             strategy,
-            steps_of(data.train(), micro_batches_per_step=_per_step(config), start_step=start_step),
+            steps_of(data.train(), micro_batches_per_step=config.gradient_accumulation_steps, start_step=start_step),
             LoopSettings(
                 num_steps=job.num_steps,
                 max_grad_norm=config.optimizer.max_grad_norm,
@@ -228,10 +228,6 @@ def _restore(job: WorkerJob, strategy: Strategy) -> int:
     check_identity(job.start_from, meta, job.identity)
     strategy.load_state(load_state(job.start_from, meta))
     return meta.step
-
-
-def _per_step(config: TrainConfig) -> int:
-    return config.gradient_accumulation_steps
 
 
 def _tokenizer(config: TrainConfig) -> Any:
