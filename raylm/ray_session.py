@@ -43,6 +43,18 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
         logger.info("connected to the Ray cluster at %s", remote)
     else:
         with _environment({**LOCAL_ENVIRONMENT, **(environment or {})}):
+            _start_local(ray, num_cpus)
+        logger.info("started a local Ray with %d logical CPUs", num_cpus)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _start_local(ray: Any, num_cpus: int) -> None:
+    """Ray gives a new node 30 s to answer, which a busy machine may miss once. Raises ClusterError."""
+    for attempt in (1, 2):
+        try:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -50,11 +62,13 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-        logger.info("started a local Ray with %d logical CPUs", num_cpus)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()
+            if attempt == 2:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise ClusterError("a local Ray", f"does not start: {reason}", "Free memory, disk or CPU.") from error
+            logger.warning("a local Ray did not start in time, trying once more: %s", error)
 
 
 def inside_ray_job() -> bool:

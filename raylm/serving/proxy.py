@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,8 @@ def _shut_down() -> None:
 
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is not None:
-        ray.get(client._controller.graceful_shutdown.remote(wait=False))
+        with suppress(ray.exceptions.RayActorError):  # it may die of its own shutdown before this answer is out
+            ray.get(client._controller.graceful_shutdown.remote(wait=False))
     deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
     while time.monotonic() < deadline:
         named = ray.util.list_named_actors(all_namespaces=True)

@@ -5,7 +5,6 @@ was configured as, and the size and SHA-256 of the weights file. It is written u
 renamed; a process that dies or a disk that fills leaves the former checkpoint as the newest.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -146,9 +145,12 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
+    """To the disk. A file that cannot be flushed is an error; some shared file systems cannot flush a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some shared file systems cannot flush a folder
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

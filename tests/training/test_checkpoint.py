@@ -1,7 +1,8 @@
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from raylm.training.checkpoint import (
     save_checkpoint,
 )
 
+ROOT = Path(__file__).parents[2]
 STATE = {"model/w": torch.arange(6.0).reshape(2, 3), "optimizer/w/step": torch.tensor(3.0)}
 
 
@@ -65,13 +67,38 @@ def test_damaged_weights_are_found(tmp_path: Path) -> None:
         load_state(path, read_meta(path))
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FULL_DISK = """
+import resource, signal, sys, torch
+from pathlib import Path
+from raylm.errors import CheckpointError
+from raylm.training.checkpoint import CheckpointMeta, save_checkpoint
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # the kernel refuses to write more
+root = Path(sys.argv[1])
+save_checkpoint(root, {"a": torch.ones(200_000)}, CheckpointMeta(step=1, identity={}))
+try:
+    save_checkpoint(root, {"a": torch.ones(400_000)}, CheckpointMeta(step=2, identity={}))
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert "step-00000002: cannot be written: " in done.stdout, done.stderr
+    assert "make room and continue with training.resume=auto" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert load_state(tmp_path / "step-00000001", read_meta(tmp_path / "step-00000001"))["a"].sum() == 200_000
+
+
+def test_a_file_that_cannot_be_flushed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _save(tmp_path, 1)
 
-    def full(*arguments: Any) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("raylm.training.checkpoint._flush", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left on device"):
         _save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
