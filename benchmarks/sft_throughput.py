@@ -76,9 +76,9 @@ def run_raylm(folder: str, precision: str, steps: int, rows: int) -> dict[str, A
 
     from raylm.config.sections import ModelSection
     from raylm.config.training import OptimizerSection
+    from raylm.data.encode import Encoder
     from raylm.data.plan import plan_run
-    from raylm.data.templates import ChatTemplate
-    from raylm.data.tokenize import tokenize_segments
+    from raylm.data.templates import chat_template
     from raylm.data.tokenizer import load_tokenizer
     from raylm.models.load import load_model
     from raylm.optim.build import build_optimizer
@@ -91,13 +91,13 @@ def run_raylm(folder: str, precision: str, steps: int, rows: int) -> dict[str, A
     torch.set_num_threads(os.cpu_count() or 1)
     cpu = torch.device("cpu")
     tokenizer = load_tokenizer(folder)
-    template = ChatTemplate(tokenizer, folder)
+    template = chat_template("auto", tokenizer, folder)
     chats: list[Any] = [
         [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
         for q, a in conversations(rows * steps * 12)
     ]
-    tokens = tokenize_segments(tokenizer, [template.render(chat) for chat in chats])
-    tokens = [row for row in tokens if len(row.input_ids) <= ROW]
+    encoded: list[Any] = Encoder(tokenizer).encode([template.render({"messages": chat}) for chat in chats])
+    tokens = [row for row in encoded if len(row.input_ids) <= ROW]
     import numpy as np
 
     lengths = np.array([len(row.input_ids) for row in tokens], np.int32)

@@ -138,17 +138,9 @@ def _is_setting(item: str) -> bool:
 def _preview(options: Any) -> None:
     from raylm.config import TrainConfig, load_config
     from raylm.data.preview import preview_rows
-    from raylm.data.tokenizer import load_tokenizer
-    from raylm.models.folder import as_folder
 
     config = load_config(TrainConfig, options.config, options.overrides)
-    section = config.model
-    tokenizer = load_tokenizer(
-        as_folder(section.path, section.revision),
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-    rows = list(preview_rows(config.data, tokenizer, section.path, count=options.rows))
+    rows = list(preview_rows(config.data, _tokenizer_source(config), count=options.rows))
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], ensure_ascii=False))
         return
@@ -158,7 +150,7 @@ def _preview(options: Any) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for row in rows:
         carrying = sum(loss for _, _, loss in row.tokens)
-        console.print(f"[bold]{row.file}: instance {row.index}[/bold]  {len(row.tokens)} tokens, {carrying} carry loss")
+        console.print(f"[bold]{row.where}[/bold]  {len(row.tokens)} tokens, {carrying} carry loss")
         if row.problem:
             console.print(f"rejected: {row.problem}", style="red")
             continue
@@ -166,6 +158,15 @@ def _preview(options: Any) -> None:
         for _, piece, loss in row.tokens:
             text.append(piece, style="black on green" if loss else "dim")
         console.print(text)
+
+
+def _tokenizer_source(config: Any) -> Any:
+    from raylm.data.store import TokenizerSource
+    from raylm.models.folder import as_folder
+
+    section = config.model
+    folder = as_folder(section.path, section.revision)
+    return TokenizerSource(folder, section.path, section.revision, section.trust_remote_code)
 
 
 def _show(options: Any) -> None:

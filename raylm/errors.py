@@ -5,6 +5,17 @@ is and what to do. The arguments are handed to `Exception` as given, so an error
 the driver as itself.
 """
 
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a message about an unknown name ends with: the name it may have been, or the names there are."""
+    import difflib
+
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(names)}."
+
 
 class RaylmError(Exception):
     """A fault the user can mend. The CLI prints it in one line and exits 2."""

@@ -1,7 +1,10 @@
 """What tests share: a tiny model the project makes itself, datasets, and one Ray for the session."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,9 @@ import pytest
 from tests.tiny import build_tiny_model, build_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "RAYLM_DATA_CACHE" not in os.environ:  # never the user's own
+    os.environ["RAYLM_DATA_CACHE"] = tempfile.mkdtemp(prefix="raylm-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["RAYLM_DATA_CACHE"], ignore_errors=True)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from raylm.config.base import Section
-from raylm.config.data import Paths
+from raylm.config.data import Sources
 
 
 class GenerateConfig(Section):
@@ -15,8 +15,8 @@ class GenerateConfig(Section):
     """Hub id, folder or GGUF file; `pkg://PACKAGE/FILE` names a file that an installed Python package ships."""
     prompts: tuple[str, ...] = ()
     """User messages to answer."""
-    data: Paths = ()
-    """LMFlow conversation files to answer: each up to its last user message."""
+    data: Sources = ()
+    """Datasets to answer: each row up to its last user message."""
     output: str = "generations.jsonl"
     """JSONL file of the answers, one object a prompt in the order of the input."""
     system: str | None = None

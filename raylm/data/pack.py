@@ -8,6 +8,7 @@ conversations.
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -39,25 +40,48 @@ class EpochPlan:
 
 
 def plan_epoch(
-    lengths: np.ndarray, *, max_seq_len: int, packing: bool, shuffle: bool, seed: int, epoch: int
+    lengths: np.ndarray,
+    *,
+    max_seq_len: int,
+    packing: bool,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    weights: np.ndarray | None = None,
 ) -> EpochPlan:
-    """Every sequence exactly once, in packed rows of at most max_seq_len tokens.
+    """Every sequence exactly once (or as often as its weight says), in packed rows of at most max_seq_len tokens.
 
-    lengths: (n,) tokens of each sequence, each in 1..max_seq_len. The order is a function of the arguments alone.
+    lengths: (n,) tokens of each sequence, each in 1..max_seq_len. weights: (n,) uses in an epoch; of a fraction, a
+    share of the sequences is drawn anew each epoch. The order is a function of the arguments alone.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    members = np.arange(len(lengths)) if weights is None else _drawn(weights, rng)
+    order = rng.permutation(members) if shuffle else members
     if not packing:
         return EpochPlan(order.astype(np.int64), np.arange(len(order) + 1, dtype=np.int64))
-    rows: list[list[int]] = []
+    sequences: list[np.ndarray] = []
+    sizes: list[np.ndarray] = []
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
         packed = best_fit(lengths[window], max_seq_len)
         places = rng.permutation(len(packed)) if shuffle else range(len(packed))
-        rows += [[int(window[member]) for member in packed[place]] for place in places]
-    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-    sequences = np.array([member for row in rows for member in row], dtype=np.int64)
-    return EpochPlan(sequences, offsets)
+        rows = [packed[place] for place in places]
+        sizes.append(np.fromiter(map(len, rows), np.int64, len(rows)))
+        sequences.append(window[np.fromiter(chain.from_iterable(rows), np.int64, len(window))])
+    if not sequences:
+        return EpochPlan(np.zeros(0, np.int64), np.zeros(1, np.int64))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(sizes))])
+    return EpochPlan(np.concatenate(sequences).astype(np.int64), offsets)
+
+
+def _drawn(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sequences as often as an epoch uses them: whole uses of each, and of each fraction its share of sequences."""
+    times = np.floor(weights).astype(np.int64)
+    fractions = weights - times
+    for fraction in np.unique(fractions[fractions > 0]):
+        alike = np.flatnonzero(fractions == fraction)
+        times[rng.choice(alike, round(fraction * len(alike)), replace=False)] += 1
+    return np.repeat(np.arange(len(weights)), times)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:

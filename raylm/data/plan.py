@@ -47,14 +47,26 @@ def plan_run(
     num_epochs: int,
     global_batch_size: int,
     max_steps: int | None = None,
+    weights: np.ndarray | None = None,
 ) -> RunPlan:
-    """The order of a run over sequences of the given lengths; epochs that `max_steps` never reaches are not planned."""
+    """The order of a run over sequences of the given lengths; epochs that `max_steps` never reaches are not planned.
+
+    weights: (n,) how often an epoch uses each sequence; once where it is None.
+    """
     epochs: list[EpochPlan] = []
     num_steps = 0
     for epoch in range(num_epochs):
         if max_steps is not None and num_steps >= max_steps:
             break
-        plan = plan_epoch(lengths, max_seq_len=max_seq_len, packing=packing, shuffle=shuffle, seed=seed, epoch=epoch)
+        plan = plan_epoch(
+            lengths,
+            max_seq_len=max_seq_len,
+            packing=packing,
+            shuffle=shuffle,
+            seed=seed,
+            epoch=epoch,
+            weights=weights,
+        )
         epochs.append(plan)
         num_steps += -(-plan.num_rows // global_batch_size)
     return RunPlan(tuple(epochs), global_batch_size, num_steps if max_steps is None else min(num_steps, max_steps))

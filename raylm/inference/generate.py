@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from raylm.config import GenerateConfig
-from raylm.data.report import RejectedRow
-from raylm.data.schema import Message, conversation_from_json
-from raylm.data.sources import list_files, read_file
+from raylm.data.rows import FileRow, iterate_rows
+from raylm.data.schema import Message
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import DataError, ModelError, RaylmError
 from raylm.inference.engine import engine_environment, load_engine
@@ -52,16 +51,30 @@ def _conversations(config: GenerateConfig) -> Iterator[list[Message]]:
     system: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
     for prompt in config.prompts:
         yield [*system, {"role": "user", "content": prompt}]
-    for path in list_files(config.data):
-        for row in read_file(path, {}):
-            if row.conversation is None:
-                raise DataError(RejectedRow(path, row.index, "malformed", row.problem).where, row.problem)
-            messages = conversation_from_json(row.conversation)["messages"]
-            while messages and messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            if not messages:
-                raise DataError(f"{path}: instance {row.index}", "holds nothing to answer.")
-            yield messages if messages[0]["role"] == "system" else [*system, *messages]
+    for found in iterate_rows(config.data, {}):
+        if found.row is None:
+            raise DataError(found.where, found.problem)
+        messages = _question(found)
+        yield messages if messages[0]["role"] == "system" else [*system, *messages]
+
+
+def _question(found: FileRow) -> list[Message]:
+    """What a row asks, without the answer it may hold."""
+    row = found.row
+    assert row is not None
+    if row.kind in ("text", "text2text"):
+        return [{"role": "user", "content": row.value if row.kind == "text" else row.value[0]}]
+    if row.kind == "conversation":
+        messages: list[Message] = row.value["messages"]
+    elif row.kind in ("preference", "kto"):
+        messages = row.value["prompt"]
+    else:
+        raise DataError(found.where, f"is a row of kind {row.kind}, which asks nothing.")
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise DataError(found.where, "holds nothing to answer.")
+    return messages
 
 
 def _answer(ray: Any, config: GenerateConfig, folder: str, conversations: list[list[Message]]) -> dict[int, Any]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config import TrainConfig
+from raylm.config.data import SourceSection
+from raylm.data.files import scheme_of
 from raylm.data.plan import RunPlan, plan_run
 from raylm.data.report import DataReport
 from raylm.data.sources import list_files
-from raylm.data.store import TokenizerSource
-from raylm.data.templates import ChatTemplate
+from raylm.data.store import TokenizerSource, row_tokenizer
 from raylm.errors import CheckpointError
 from raylm.ray_session import ray_session
 from raylm.training.checkpoint import check_identity, newest_checkpoint, read_meta
@@ -58,7 +59,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         clock.lap("start_ray")
         events.write("tokenising")
         store, report, evaluation = _prepare_data(config, tokenizer_source, run)
-        plan = _plan(config, store.lengths)
+        plan = _plan(config, store)
         job = _job(config, run, plan, store, report)
         clock.lap("tokenise")
         fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
@@ -99,15 +100,24 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
 
+    def at_absolute_path(sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
+        return tuple(source.model_copy(update={"path": _absolute_pattern(source.path)}) for source in sources)
+
     data = config.data.model_copy(
         update={
-            "train": tuple(absolute(path) for path in config.data.train),
-            "eval": tuple(absolute(path) for path in config.data.eval),
+            "train": at_absolute_path(config.data.train),
+            "eval": at_absolute_path(config.data.eval),
+            "template": absolute(config.data.template),
         }
     )
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
     run = config.run.model_copy(update={"dir": str(locate_run_dir(config))})
     return config.model_copy(update={"data": data, "model": model, "run": run})
+
+
+def _absolute_pattern(path: str) -> str:
+    """A local path or pattern from the root of the file system; addresses as they are."""
+    return path if scheme_of(path) else str(Path(os.path.abspath(Path(path).expanduser())))
 
 
 def _check_before_start(config: TrainConfig) -> TokenizerSource:
@@ -116,15 +126,15 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.models.load import check_max_seq_len, load_config
     from raylm.optim.build import check_optimizer
 
-    for paths in (config.data.train, config.data.eval):
-        list_files(paths)
+    files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
     check_optimizer(config.optimizer)
     section = config.model
     check_max_seq_len(section, load_config(section), config.data.max_seq_len)
     source = TokenizerSource(
         as_folder(section.path, section.revision), section.path, section.revision, section.trust_remote_code
     )
-    ChatTemplate(source.load(), section.path)
+    for own in files:
+        row_tokenizer(own, config.data, source)
     return source
 
 
@@ -135,15 +145,16 @@ def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, D
     from raylm.data.stream import materialized_blocks, ordered_stream
 
     section, micro = config.data, config.training.micro_batch_size
-    store, report = tokenize_files(section.train, section, source)
+    store, report = tokenize_files(section.train, section, source, seed=config.run.seed)
     report.write_rejected(run.path / "rejected.jsonl")
-    report.check("data.train", on_bad_row=section.on_bad_row, max_rejected_share=section.max_rejected_share)
-    logger.info("data.train: %d rows, %d used, rejected: %s", report.rows, report.used, report.describe_rejected())
+    report.check("data.train", on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
+    logger.info("data.train: %s", report.describe())
     blocks: list[Any] = []
     if section.eval:
-        eval_store, eval_report = tokenize_files(section.eval, section, source)
+        eval_store, eval_report = tokenize_files(section.eval, section, source, seed=config.run.seed)
         eval_report.write_rejected(run.path / "rejected-eval.jsonl")
-        eval_report.check("data.eval", on_bad_row=section.on_bad_row, max_rejected_share=section.max_rejected_share)
+        logger.info("data.eval: %s", eval_report.describe())
+        eval_report.check("data.eval", on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
         plan = plan_run(
             eval_store.lengths,
             max_seq_len=section.max_seq_len,
@@ -165,9 +176,9 @@ def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, D
     return store, report, blocks
 
 
-def _plan(config: TrainConfig, lengths: Any) -> RunPlan:
+def _plan(config: TrainConfig, store: Any) -> RunPlan:
     return plan_run(
-        lengths,
+        store.lengths,
         max_seq_len=config.data.max_seq_len,
         packing=config.data.packing,
         shuffle=config.data.shuffle,
@@ -175,6 +186,7 @@ def _plan(config: TrainConfig, lengths: Any) -> RunPlan:
         num_epochs=config.training.num_epochs,
         global_batch_size=config.training.global_batch_size,
         max_steps=config.training.max_steps,
+        weights=store.weights,
     )
 
 
@@ -198,6 +210,9 @@ def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, 
         "data.max_seq_len": tree["data"]["max_seq_len"],
         "data.packing": tree["data"]["packing"],
         "data.shuffle": tree["data"]["shuffle"],
+        "data.template": tree["data"]["template"],
+        "data.loss_on": tree["data"]["loss_on"],
+        "data.train (weights)": [source["weight"] for source in tree["data"]["train"]],
         "training.method": tree["training"]["method"],
         "training.global_batch_size": tree["training"]["global_batch_size"],
         "optimizer": tree["optimizer"],

@@ -11,7 +11,7 @@ import torch
 
 from raylm.config import TrainConfig
 from raylm.data.stream import MicroBatch
-from raylm.data.templates import ChatTemplate
+from raylm.data.templates.table import AUTO, chat_template
 from raylm.data.tokenizer import load_tokenizer
 from raylm.models.adapters import add_lora, base_of, merged
 from raylm.models.export import export_adapter, export_model, storage_dtype
@@ -74,7 +74,7 @@ def run_worker(
         events.write("loading the model")
     precision = resolve_precision(config.training.precision, device)
     model = load_model(config.model, device)
-    end_token = ChatTemplate(tokenizer := _tokenizer(config), config.model.path).end_token()
+    tokenizer, end_token = _tokenizer_and_end(config)
     module = LossModule(_prepared(model, config))
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
@@ -230,13 +230,20 @@ def _restore(job: WorkerJob, strategy: Strategy) -> int:
     return meta.step
 
 
-def _tokenizer(config: TrainConfig) -> Any:
+def _tokenizer_and_end(config: TrainConfig) -> tuple[Any, str | None]:
+    """The tokenizer with the chat template that was trained with, and the control token that ends an answer."""
     section = config.model
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         as_folder(section.path, section.revision),
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
     )
+    if config.data.template == AUTO and not tokenizer.chat_template:
+        return tokenizer, tokenizer.eos_token  # a base model on plain text
+    template = chat_template(config.data.template, tokenizer, section.path)
+    if config.data.template != AUTO:
+        tokenizer.chat_template = template.jinja()
+    return tokenizer, template.end_token()
 
 
 def _export(job: WorkerJob, module: LossModule, tokenizer: Any, end_token: str | None) -> None:

@@ -2,17 +2,64 @@ from typing import Any
 
 import pytest
 
-from raylm.data.schema import RowProblem, conversation_from_json, conversation_to_json, parse_conversation
+from raylm.data.schema import RowProblem, load_json, parse_conversation, parse_tools
 
 USER = {"role": "user", "content": "hi"}
 BOT = {"role": "assistant", "content": "hello"}
 
 
-def test_a_conversation_round_trips_as_json() -> None:
+def test_the_system_text_becomes_the_first_message() -> None:
     instance = {"conversation_id": 7, "system": "Be brief.", "messages": [{"role": "user", "content": "ä\u2028ü"}, BOT]}
     conversation = parse_conversation(instance, {})
     assert [m["role"] for m in conversation["messages"]] == ["system", "user", "assistant"]
-    assert conversation_from_json(conversation_to_json(conversation)) == conversation
+    assert conversation["messages"][1]["content"] == "ä\u2028ü"
+
+
+def test_roles_of_other_formats() -> None:
+    messages = [
+        {"role": "developer", "content": "s"},
+        {"role": "human", "content": "a"},
+        {"role": "function", "content": "f()"},
+        {"role": "observation", "content": "3"},
+        {"role": "gpt", "content": "b"},
+        {"role": "function", "name": "f", "content": "4"},
+    ]
+    roles = [m["role"] for m in parse_conversation({"messages": messages}, {})["messages"]]
+    assert roles == ["system", "user", "assistant", "tool", "assistant", "tool"]
+
+
+def test_text_parts_are_joined_and_calls_read() -> None:
+    """Y04, D12: content as text or as parts; arguments as text or as an object."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    calls = [{"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"city": "Orléans"}'}}]
+    other = [{"name": "f", "arguments": {"city": "Orléans"}}]
+    for given in (calls, other):
+        row = {
+            "messages": [
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": None, "tool_calls": given},
+            ]
+        }
+        question, answer = parse_conversation(row, {})["messages"]
+        assert question["content"] == "ab"
+        assert answer["content"] == ""
+        assert answer["tool_calls"] == [
+            {"type": "function", "function": {"name": "f", "arguments": {"city": "Orléans"}}}
+        ]
+
+
+def test_tools_keep_keys_and_order() -> None:
+    """D14."""
+    tools = [{"name": "a", "parameters": {"z": 1, "b": None}}, {"name": "b"}]
+    assert parse_tools(tools) == tools
+    assert parse_tools('[{"z": 12345678901234567890, "a": {"y": 1}}]') == [{"z": 12345678901234567890, "a": {"y": 1}}]
+    assert list(parse_tools('[{"z": 1, "a": 2}]')[0]) == ["z", "a"]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 1}}', "NaN", "[Infinity]"])
+def test_what_json_has_not_is_refused(text: str) -> None:
+    with pytest.raises(RowProblem):
+        load_json(text)
 
 
 def test_roles_are_mapped() -> None:
@@ -24,7 +71,6 @@ def test_roles_are_mapped() -> None:
 @pytest.mark.parametrize(
     ("instance", "problem"),
     [
-        (7, "is a number, not an object with messages."),
         ({}, "has no messages."),
         ({"messages": []}, "has no messages."),
         ({"messages": "hi"}, "messages is text, not a list."),
@@ -33,7 +79,6 @@ def test_roles_are_mapped() -> None:
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is not one of system, user, assistant, tool."),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 1 (assistant) has no content."),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 1 (assistant) has a number as content."),
-        ({"messages": [USER]}, "has no assistant message, so nothing to train on."),
         (
             {"messages": [USER, BOT, {"role": "system", "content": "x"}]},
             "has a system message after the first message.",
@@ -45,9 +90,25 @@ def test_roles_are_mapped() -> None:
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": "\ud800"}]},
-            "message 1 holds half of a surrogate pair, which is not text.",
+            "message 1 (assistant) holds half of a surrogate pair, which is not text.",
         ),
-        ({"tools": [{"name": "f"}], "messages": [USER, BOT]}, "has tools, which are not supported yet."),
+        ({"tools": {"name": "f"}, "messages": [USER, BOT]}, "tools is an object, not a list."),
+        ({"messages": [USER, {**BOT, "train": "no"}]}, "message 1: train is text, not true or false."),
+        ({"messages": [USER, {**BOT, "weight": 0.5}]}, "message 1: weight is 0.5, not 0 or 1."),
+        ({"messages": [{**USER, "tool_calls": [1]}, BOT]}, "message 0 has tool_calls, but its role is user."),
+        ({"messages": [{**BOT, "tool_calls": [{}]}]}, "message 0: a tool call has no function name."),
+        (
+            {"messages": [{**BOT, "tool_calls": [{"name": "f", "arguments": "x"}]}]},
+            "message 0: the arguments of f are text, but no JSON: 'x'.",
+        ),
+        (
+            {"messages": [{**BOT, "tool_calls": [{"name": "f", "arguments": "[1,2]"}]}]},
+            "message 0: the arguments of f are a list, not an object.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, BOT]},
+            "message 0 (user) has a content part of type 'image_url'; only text can be trained on here.",
+        ),
     ],
 )
 def test_malformed_instances_are_named(instance: Any, problem: str) -> None:

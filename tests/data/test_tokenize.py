@@ -1,75 +1,136 @@
-import copy
+import json
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
-from raylm.data.schema import conversation_to_json
-from raylm.data.templates import ChatTemplate, Segment
-from raylm.data.tokenize import TOKENS_SCHEMA, tokenize_segments, tokenize_table
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=20)
+from raylm.data.tokenize import TOKENS_SCHEMA, RowTokenizer
+from tests.data.support import bot, chat, rows_of, table_of, user
 
 
-def _chat(*contents: str) -> list[Any]:
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+def _table(rows: RowTokenizer, *instances: Any) -> dict[str, list[Any]]:
+    texts = [None if row is None else row if isinstance(row, str) else json.dumps(row) for row in instances]
+    table = rows.table(table_of(texts))
+    assert table.schema == TOKENS_SCHEMA
+    return dict(table.to_pydict())
 
 
-def _table(rows: list[list[Any] | None]) -> pa.Table:
-    texts = [None if row is None else conversation_to_json({"messages": row}) for row in rows]
-    return pa.table(
-        {
-            "file": pa.array([0] * len(rows), pa.int32()),
-            "index": pa.array(range(len(rows)), pa.int64()),
-            "conversation": pa.array(texts, pa.large_string()),
-            "problem": pa.array(["" if text else "has no messages." for text in texts], pa.large_string()),
-        }
-    )
-
-
-def test_ids_are_those_of_the_whole_rendering(tokenizer: Any) -> None:
-    messages = _chat("hello world", "yes", "who are you?", "the answer")
-    template = ChatTemplate(tokenizer, "m")
-    (row,) = tokenize_segments(tokenizer, [template.render(messages)])
-    assert row.input_ids.tolist() == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    marked = tokenizer.decode(row.input_ids[row.loss_mask])
-    assert marked == "yes<|im_end|>the answer<|im_end|>"
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3))
-def test_marked_tokens_decode_to_what_the_assistant_says(tokenizer: Any, turns: list[tuple[str, str]]) -> None:
-    """D01: found by construction, in any text."""
-    messages = _chat(*[text for turn in turns for text in turn])
-    (row,) = tokenize_segments(tokenizer, [ChatTemplate(tokenizer, "m").render(messages)])
-    said = "".join(f"{answer}<|im_end|>" for _, answer in turns)
-    assert tokenizer.decode(row.input_ids[row.loss_mask], clean_up_tokenization_spaces=False) == said
-
-
-def test_pad_equal_to_eos_does_not_unlabel_the_end(tokenizer: Any) -> None:
-    """D02."""
-    other = copy.deepcopy(tokenizer)
-    other.pad_token = other.eos_token
-    (row,) = tokenize_segments(other, [ChatTemplate(other, "m").render(_chat("hi", "yes"))])
-    ends = np.flatnonzero(row.input_ids == other.eos_token_id)
-    assert row.loss_mask[ends].tolist() == [False, True]
-
-
-def test_a_straddling_token_carries_no_loss(tokenizer: Any) -> None:
-    """'he' belongs to the prompt and 'llo' to the answer; the token 'hello' holds both."""
-    (row,) = tokenize_segments(tokenizer, [[Segment("world he", False), Segment("llo world", True)]])
-    assert "llo" not in tokenizer.decode(row.input_ids[row.loss_mask])
-    assert tokenizer.decode(row.input_ids[row.loss_mask]).endswith("world")
+def _said(tokenizer: Any, columns: dict[str, list[Any]], place: int = 0) -> str:
+    ids, mask = np.array(columns["input_ids"][place]), np.array(columns["loss_mask"][place])
+    return str(tokenizer.decode(ids[mask], clean_up_tokenization_spaces=False))
 
 
 def test_every_row_is_accounted_for(tokenizer: Any) -> None:
-    rows = [_chat("hi", "yes"), None, _chat("hi", "yes " * 60), _chat("a<|im_end|>", "b"), _chat("hi", "")]
-    table = tokenize_table(_table(rows), ChatTemplate(tokenizer, "m"), tokenizer, max_seq_len=40)
-    assert table.schema == TOKENS_SCHEMA
-    assert table["reason"].to_pylist() == ["", "malformed", "too_long", "malformed", ""]
-    assert [len(ids) for ids in table["input_ids"].to_pylist()] == table["length"].to_pylist()
-    assert table["length"].to_pylist()[1:4] == [0, 0, 0]
-    assert table["loss_tokens"].to_pylist()[4] == 1  # an empty answer trains its end token (D19)
-    assert "more than data.max_seq_len=40" in table["problem"].to_pylist()[2]
+    rows = [chat("hi", "yes"), None, chat("hi", "yes " * 60), "{", chat("hi", ""), {"messages": [user("alone")]}]
+    columns = _table(rows_of(tokenizer, max_seq_len=40), *rows)
+    assert columns["reason"] == ["", "malformed", "too_long", "malformed", "", "malformed"]
+    assert [len(ids) for ids in columns["input_ids"]] == columns["length"]
+    assert columns["length"][1:4] == [0, 0, 0]
+    assert columns["loss_tokens"][4] == 1  # an empty answer trains its end token (D19)
+    assert "more than data.max_seq_len=40" in columns["problem"][2]
+    assert columns["problem"][3].startswith("column 2: not valid JSON")
+    assert columns["line"] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "said"),
+    [
+        ("assistant", "yes<|im_end|>the answer<|im_end|>"),
+        ("last_assistant", "the answer<|im_end|>"),
+        (
+            "all",
+            "user\nhello<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nwho<|im_end|>\n"
+            "<|im_start|>assistant\nthe answer<|im_end|>\n",
+        ),
+    ],
+)
+def test_loss_modes(tokenizer: Any, loss_on: str, said: str) -> None:
+    rows = rows_of(tokenizer, loss_on=loss_on)
+    assert _said(tokenizer, _table(rows, chat("hello", "yes", "who", "the answer"))) == said
+
+
+@pytest.mark.parametrize("template", ["auto", "chatml", "llama2"])
+@pytest.mark.parametrize("silent", [{"train": False}, {"weight": 0}])
+def test_a_turn_may_be_left_out_of_the_loss(tokenizer: Any, template: str, silent: dict[str, Any]) -> None:
+    messages = [{"role": "system", "content": "be kind"}, user("a"), bot("yes", **silent), user("b"), bot("the")]
+    columns = _table(rows_of(tokenizer, template), {"messages": messages})
+    assert _said(tokenizer, columns) == "the<|im_end|>"
+    none = _table(rows_of(tokenizer, template), {"messages": [user("a"), bot("yes", **silent)]})
+    assert none["reason"] == ["no_loss"]
+
+
+def test_plain_text_carries_loss_everywhere_and_ends(tokenizer: Any) -> None:
+    columns = _table(rows_of(tokenizer), {"text": "hello world"}, {"input": "who are", "output": " you?"})
+    assert _said(tokenizer, columns, 0) == "ello world<|im_end|>" or columns["loss_mask"][0][0] is False
+    assert _said(tokenizer, columns, 1) == " you?<|im_end|>"
+
+
+def test_plain_text_needs_no_chat_template(tokenizer: Any) -> None:
+    from raylm.data.tokenize import FileOptions, TokenizeOptions
+
+    rows = RowTokenizer(tokenizer, TokenizeOptions(max_seq_len=64), [FileOptions("auto", {}, None)])
+    columns = _table(rows, {"text": "hello"}, chat("hi", "yes"))
+    assert columns["reason"] == ["", "malformed"]
+    assert "the tokenizer has no chat template" in columns["problem"][1]
+
+
+LONG = chat("hello", "yes", "who are you?", "the answer is yes " * 3, "world", "yes " * 4)
+
+
+@pytest.mark.parametrize("limit", range(8, 80, 3))
+def test_keep_start_cuts_behind_an_answer_token(tokenizer: Any, limit: int) -> None:
+    """D10, D25: the part of an answer that fits carries loss, no header is cut, no end token is added."""
+    whole = _table(rows_of(tokenizer), LONG)
+    columns = _table(rows_of(tokenizer, max_seq_len=limit, truncation="keep_start"), LONG)
+    kept = columns["input_ids"][0]
+    assert kept == whole["input_ids"][0][: len(kept)]
+    if columns["reason"] == [""]:
+        assert len(kept) <= limit
+        assert columns["loss_mask"][0][-1]
+        fits = [place for place, loss in enumerate(whole["loss_mask"][0][:limit]) if loss]
+        assert len(kept) == fits[-1] + 1
+    else:
+        assert columns["reason"] == ["too_long"]
+        assert not any(whole["loss_mask"][0][:limit])
+
+
+def test_keep_end_keeps_whole_last_turns_and_the_system_text(tokenizer: Any) -> None:
+    """D09, D25."""
+    conversation = {"system": "be kind", **LONG}
+    size = len(_table(rows_of(tokenizer), conversation)["input_ids"][0])
+    rows = rows_of(tokenizer, max_seq_len=size - 1, truncation="keep_end")
+    columns = _table(rows, conversation)
+    text = tokenizer.decode(columns["input_ids"][0])
+    assert text.startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nwho are you?")
+    assert _said(tokenizer, columns) == "the answer is yes " * 3 + "<|im_end|>" + "yes " * 4 + "<|im_end|>"
+    assert _table(rows_of(tokenizer, max_seq_len=12, truncation="keep_end"), LONG)["reason"] == ["too_long"]
+
+
+def test_split_predicts_every_token_once(tokenizer: Any) -> None:
+    text = "hello world, who are you? " * 9
+    whole = _table(rows_of(tokenizer), {"text": text})
+    columns = _table(rows_of(tokenizer, max_seq_len=16, truncation="split"), {"text": text}, {"text": "yes"})
+    assert columns["index"].count(0) > 3
+    assert max(columns["length"]) <= 16
+    assert sum(columns["loss_tokens"][:-1]) == whole["loss_tokens"][0]
+    parts = [ids for ids, index in zip(columns["input_ids"], columns["index"], strict=True) if index == 0]
+    assert parts[0] + [token for part in parts[1:] for token in part[1:]] == whole["input_ids"][0]
+    assert columns["reason"] == [""] * len(columns["reason"])
+
+
+def test_typed_control_tokens_stay_text(tokenizer: Any) -> None:
+    """Training never sees a control token that somebody typed; the text itself is kept."""
+    row = chat("a<|im_end|>b <|im_start|>", "say <|im_end|> now")
+    columns = _table(rows_of(tokenizer), row)
+    ids = columns["input_ids"][0]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert _said(tokenizer, columns) == "say <|im_end|> now<|im_end|>"
+    allowed = _table(rows_of(tokenizer, allow_special_tokens=True), row)["input_ids"][0]
+    assert allowed.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
+
+
+def test_rows_for_alignment_are_refused_by_kind(tokenizer: Any) -> None:
+    columns = _table(rows_of(tokenizer), {"prompt": "a", "chosen": "b", "rejected": "c"})
+    assert "is a row of kind preference" in columns["problem"][0]

@@ -3,7 +3,10 @@
 import threading
 from typing import Any
 
+import pytest
+
 from raylm.config.data import DataSection
+from raylm.data import store as store_module
 from raylm.data.plan import plan_run
 from raylm.data.store import TokenizerSource, tokenize_files
 from raylm.data.stream import materialized_blocks, micro_batches, ordered_stream, split_in_turn, to_micro_batch
@@ -38,14 +41,16 @@ def _content(batches: list[Any]) -> list[Any]:
 
 
 def test_global_batches_do_not_depend_on_the_number_of_workers(
-    ray_cluster: Any, tiny_model_dir: Any, write_dataset: Any
+    ray_cluster: Any, tiny_model_dir: Any, write_dataset: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Y01, Y06, Q03: nothing is lost, doubled or out of turn."""
+    """Y01, Y06, Y07, Q03: nothing is lost, doubled or out of turn."""
     import ray
+
+    monkeypatch.setattr(store_module, "SMALL_BYTES", -1)  # the way of large datasets
 
     rows: list[Any] = [*PAIRS, {"messages": []}, ("too long", "yes " * 200)]
     path = write_dataset(rows)
-    section = DataSection(train=(str(path),), max_seq_len=64)
+    section = DataSection(train=(str(path),), max_seq_len=64, cache=False)
     store, report = tokenize_files(section.train, section, TokenizerSource(str(tiny_model_dir), "tiny"))
     assert report.rejected_by_reason == {"malformed": 1, "too_long": 1}
     assert (report.rows, report.used) == (42, 40)

@@ -136,7 +136,7 @@ def test_malformed_rows_stop_or_go_to_quarantine(settings: dict[str, Any], write
     rows: list[Any] = [*PAIRS]
     rows[17] = {"messages": [{"role": "bot", "content": "x"}]}
     settings = {**settings, "data.train": str(write_dataset(rows, "bad.json")), "training.max_steps": 1}
-    with pytest.raises(DataError, match=r"bad\.json: instance 17: role 'bot' is not one of"):
+    with pytest.raises(DataError, match=r"bad\.json: instance 17 \(line 1\): role 'bot' is not one of"):
         raylm.train(settings)
     result = raylm.train(settings, {"run.dir": str(tmp_path / "q"), "data.on_bad_row": "quarantine"})
     assert result.data["rejected"] == {"malformed": 1}
