@@ -58,6 +58,18 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("config", help="YAML configuration")
     preview.add_argument("--rows", type=int, default=3, help="rows to show (default 3)")
     _overrides(preview)
+    stats = _command(data, "stats", _stats, "count tokens, loss, padding, the longest rows and duplicates")
+    stats.add_argument("config", help="YAML configuration")
+    stats.add_argument("--histogram", help="PNG file for the lengths")
+    _overrides(stats)
+    convert = _command(data, "convert", _convert, "write a dataset as LMFlow .json, OpenAI .jsonl or .parquet")
+    convert.add_argument("source", help="file, folder, pattern, address or hf://ORG/NAME")
+    convert.add_argument("target", help="file to write; its ending names the format")
+    convert.add_argument("--format", default="auto", help="shape of the rows (default: recognised by their keys)")
+    prepare = _command(data, "prepare", _prepare, "tokenise the datasets into the cache")
+    prepare.add_argument("config", help="YAML configuration")
+    _overrides(prepare)
+    _command(data, "templates", _templates, "list the conversation templates and formats")
     config = commands.add_parser("config", help="look at configurations").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -158,6 +170,72 @@ def _preview(options: Any) -> None:
         for _, piece, loss in row.tokens:
             text.append(piece, style="black on green" if loss else "dim")
         console.print(text)
+
+
+def _stats(options: Any) -> None:
+    from pathlib import Path
+
+    from raylm.config import TrainConfig, load_config
+    from raylm.data.stats import data_stats
+
+    config = load_config(TrainConfig, options.config, options.overrides)
+    target = Path(options.histogram) if options.histogram else None
+    found = dataclasses.asdict(data_stats(config.data, _tokenizer_source(config), histogram=target))
+    if options.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for key, value in found.items():
+        if isinstance(value, list):
+            print(f"{key}:", *(f"  {place}  {what}" for place, what in value), sep="\n")
+        else:
+            print(f"{key:20}{value}")
+
+
+def _convert(options: Any) -> None:
+    from pathlib import Path
+
+    from raylm.config.data import DataSection
+    from raylm.config.load import load_config
+    from raylm.data.convert import convert
+
+    section = load_config(DataSection, {"train": [{"path": options.source, "format": options.format}]})
+    rows = convert(section, Path(options.target))
+    print(json.dumps({"rows": rows, "target": options.target}) if options.json else f"{rows} rows: {options.target}")
+
+
+def _prepare(options: Any) -> None:
+    import os
+
+    from raylm.config import TrainConfig, load_config
+    from raylm.data.store import tokenize_files
+    from raylm.ray_session import ray_session
+
+    config = load_config(TrainConfig, options.config, options.overrides)
+    source = _tokenizer_source(config)
+    summaries: dict[str, Any] = {}
+    with ray_session(config.cluster.address, num_cpus=os.cpu_count() or 1):
+        for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+            if sources:
+                _, report = tokenize_files(sources, config.data, source, seed=config.run.seed)
+                section = config.data
+                report.check(name, on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
+                summaries[name] = report.summary()
+                print(f"{name}: {report.describe()}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(summaries))
+
+
+def _templates(options: Any) -> None:
+    from raylm.data.formats import FORMATS
+    from raylm.data.templates import PRESETS
+
+    if options.json:
+        print(json.dumps({"templates": list(PRESETS), "formats": list(FORMATS)}))
+        return
+    print("data.template: auto (the tokenizer's own), a YAML file, one line with {input_text}, or one of")
+    print(*(f"  {name:24}{row.source}" for name, row in PRESETS.items()), sep="\n")
+    print("format of a dataset: auto (by the keys of each row), or one of")
+    print(*(f"  {name:24}{form.summary}" for name, form in FORMATS.items()), sep="\n")
 
 
 def _tokenizer_source(config: Any) -> Any:

@@ -142,3 +142,44 @@ def test_malformed_rows_stop_or_go_to_quarantine(settings: dict[str, Any], write
     assert result.data["rejected"] == {"malformed": 1}
     (line,) = (tmp_path / "q" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["index"] == 17
+
+
+def test_a_base_model_learns_a_preset_and_is_exported_with_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    """LMFlow's first example: GPT-2's architecture without chat template, Alpaca rows in LMFlow's format, `disable`."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    from raylm.data import templates
+    from tests.tiny import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.bos_token = tokenizer.eos_token = "<|endoftext|>"
+    base = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    ).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    instances = [{"input": f"Instruction: {question}", "output": answer} for question, answer in PAIRS]
+    plain = tmp_path / "plain.json"
+    plain.write_text(json.dumps({"type": "text2text", "instances": instances}))
+    chats = tmp_path / "alpaca.json"
+    chats.write_text(json.dumps([{"instruction": question, "output": answer} for question, answer in PAIRS]))
+    changed = {
+        **settings,
+        "model.path": str(base),
+        "data.train": [str(plain), {"path": str(chats), "weight": 2}],
+        "data.template": "disable",
+        "training.max_steps": 3,
+    }
+    result = raylm.train(changed)
+    assert result.data["rows"] == result.data["used"] == 2 * len(PAIRS)
+    assert result.export_dir is not None
+    exported = AutoTokenizer.from_pretrained(result.export_dir)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    rendered = templates.render(
+        templates.get_template("disable"), {"messages": messages}, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    assert exported.apply_chat_template(messages, tokenize=False) == "".join(segment.text for segment in rendered)
+    with pytest.raises(DataError, match="and the tokenizer has no chat template"):
+        raylm.train(changed, {"data.template": "auto", "run.dir": str(tmp_path / "auto"), "data.train": str(chats)})

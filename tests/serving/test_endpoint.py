@@ -3,6 +3,7 @@
 The first is started like the CLI starts it and stopped by ctrl-c; the second joins the Ray of the test session.
 """
 
+import json
 import os
 import signal
 import socket
@@ -20,10 +21,14 @@ import pytest
 from openai import OpenAI
 
 from raylm.config.serving import ServeConfig
+from raylm.data.encode import Encoder, Tokens
+from raylm.data.schema import RowProblem
+from raylm.data.templates import PRESETS, chat_template
 from raylm.errors import ServingError
 from raylm.inference.chat import HELP, chat_in_terminal
 from raylm.serving import serve
 from tests.conftest import command_line
+from tests.data.support import bot, call, chat, result
 
 KEY = "s3cret-" + "k" * 24
 PROGRAM = """
@@ -76,6 +81,7 @@ def server(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             f"api_key_file={folder / 'key'}",
             "proxy=haproxy",
             "kv_cache_gib=0.1",
+            "engine.trust_request_chat_template=true",
         ]
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *options], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
@@ -132,6 +138,52 @@ def test_completions(server: Running) -> None:
 def test_tokenization_is_the_models_own(server: Running, tokenizer: Any) -> None:
     answer = server.get("/tokenize", "POST", json={"model": "tiny-llama", "prompt": "hello world"}).json()
     assert answer["tokens"] == tokenizer("hello world", add_special_tokens=False)["input_ids"]
+
+
+ASKED: list[dict[str, Any]] = [
+    chat("hello", "yes"),
+    chat("hello", " yes\n", "who are you? ✓", "the answer 你好"),
+    {"messages": [{"role": "system", "content": "be kind"}, *chat("hello", "yes", "world", "no")["messages"]]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], **chat("hello", "yes")},
+    {"messages": [*chat("a")["messages"], bot("", tool_calls=[call("f", x="é")]), result("3"), bot("done")]},
+]
+
+
+def test_every_preset_is_served_as_it_is_trained(server: Running, tokenizer: Any) -> None:
+    """Ids of training = ids of the exported Jinja template = ids of vLLM's /tokenize, for all presets."""
+    encoder = Encoder(tokenizer)
+    compared = 0
+    for name in PRESETS:
+        template = chat_template(name, tokenizer, "tiny")
+        for conversation in ASKED:
+            try:
+                trained = encoder.encode([template.render(conversation)])[0]
+            except RowProblem:
+                continue
+            assert isinstance(trained, Tokens)
+            messages = [
+                {**message, "tool_calls": [_with_text_arguments(c) for c in message["tool_calls"]]}
+                if "tool_calls" in message
+                else {**message, "tool_call_id": "1"}
+                if message["role"] == "tool"
+                else message
+                for message in conversation["messages"]
+            ]
+            body = {"model": "tiny-llama", "messages": messages, "chat_template": template.jinja()}
+            body |= {"add_generation_prompt": False, "add_special_tokens": False}
+            if "tools" in conversation:
+                body["tools"] = conversation["tools"]
+            answer = server.get("/tokenize", "POST", json=body)
+            assert answer.status_code == 200, (name, answer.text)
+            assert answer.json()["tokens"] == trained.input_ids.tolist(), (name, conversation)
+            compared += 1
+    assert compared > 80
+
+
+def _with_text_arguments(function_call: dict[str, Any]) -> dict[str, Any]:
+    """As clients send calls back."""
+    function = function_call["function"]
+    return {**function_call, "id": "1", "function": {**function, "arguments": json.dumps(function["arguments"])}}
 
 
 def test_an_unknown_model_is_404(server: Running) -> None:
