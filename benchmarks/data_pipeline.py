@@ -10,6 +10,7 @@ and GPT-2's tokenizer; else they are made up. The last line of stdout is one JSO
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -156,6 +157,8 @@ def main() -> None:
         with large.open("w") as file:
             for _ in range(options.times):
                 file.write(lines)
+        gc.collect()
+        gc.freeze()  # the conversations held here would be walked again and again
         raw: list[float] = []
         peer: list[float] = []
         ours: list[float] = []

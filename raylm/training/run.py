@@ -100,14 +100,25 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
 
+    def template(setting: str) -> str:
+        return str(Path(setting).expanduser().resolve()) if setting.endswith((".yaml", ".yml")) else setting
+
     def at_absolute_path(sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
-        return tuple(source.model_copy(update={"path": _absolute_pattern(source.path)}) for source in sources)
+        return tuple(
+            source.model_copy(
+                update={
+                    "path": _absolute_pattern(source.path),
+                    "template": source.template and template(source.template),
+                }
+            )
+            for source in sources
+        )
 
     data = config.data.model_copy(
         update={
             "train": at_absolute_path(config.data.train),
             "eval": at_absolute_path(config.data.eval),
-            "template": absolute(config.data.template),
+            "template": template(config.data.template),
         }
     )
     model = config.model.model_copy(update={"path": absolute(config.model.path)})

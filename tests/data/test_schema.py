@@ -121,3 +121,21 @@ def test_the_remedy_for_an_unknown_role() -> None:
     with pytest.raises(RowProblem) as caught:
         parse_conversation({"messages": [{"role": "bot", "content": "x"}]}, {})
     assert caught.value.remedy == "Rename it, or set data.role_map={bot: assistant}."
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a" : 1, "a":2}', '{"a": "x\\": ", "b": 1, "b": 2}', '{"a":\n{"b"\t:1,"b":2}}', '[{"a": "\\"b\\": 1", "a": 2}]'],
+)
+def test_a_key_given_twice_is_found_however_it_is_written(text: str) -> None:
+    with pytest.raises(RowProblem, match="is given twice"):
+        load_json(text)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": "x\\": ", "b" : 1}', '{"a": {"a": [{"a": 1}, {"a": "\\"a\\":"}]}}', "[]", '"x"']
+)
+def test_text_that_looks_like_keys_changes_nothing(text: str) -> None:
+    import json
+
+    assert load_json(text) == json.loads(text)

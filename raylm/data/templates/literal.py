@@ -26,16 +26,24 @@ class Literals:
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._pattern = re.compile("|".join(re.escape(token) for token in tokens)) if tokens else None
-
-    def found_in(self, text: str) -> bool:
-        """True when the text holds the name of a control token."""
-        return self._pattern is not None and self._pattern.search(text) is not None
+        self._starts = tuple({token[0] for token in tokens} | {_WORD[0]}) if tokens else ()
 
     def taken_out(self, value: Any) -> tuple[Any, list[str]]:
         """The value (text, or lists and objects of text) with words in place of control tokens, and those tokens."""
         taken: list[str] = []
-        shown = self._replaced(value, taken)
-        return shown, taken
+        if not self._may_hold(value):
+            return value, taken
+        return self._replaced(value, taken), taken
+
+    def _may_hold(self, value: Any) -> bool:
+        """False when no text in the value holds a character that a control token begins with."""
+        if isinstance(value, str):
+            return any([start in value for start in self._starts])
+        if isinstance(value, Mapping):
+            return any([self._may_hold(inner) for inner in value.values()])
+        if isinstance(value, list | tuple):
+            return any([self._may_hold(inner) for inner in value])
+        return False
 
     def _replaced(self, value: Any, taken: list[str]) -> Any:
         if isinstance(value, str):
