@@ -140,11 +140,13 @@ def test_tokenization_is_the_models_own(server: Running, tokenizer: Any) -> None
     assert answer["tokens"] == tokenizer("hello world", add_special_tokens=False)["input_ids"]
 
 
+# All of OpenAI's fields: vLLM writes those that are missing into the prompt as null.
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"z": 1, "a": "é"}}}]
 ASKED: list[dict[str, Any]] = [
     chat("hello", "yes"),
     chat("hello", " yes\n", "who are you? ✓", "the answer 你好"),
     {"messages": [{"role": "system", "content": "be kind"}, *chat("hello", "yes", "world", "no")["messages"]]},
-    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], **chat("hello", "yes")},
+    {"tools": TOOLS, **chat("hello", "yes")},
     {"messages": [*chat("a")["messages"], bot("", tool_calls=[call("f", x="é")]), result("3"), bot("done")]},
 ]
 
