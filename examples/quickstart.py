@@ -1,6 +1,6 @@
 """The quickstart: ask a model who it is, fine-tune it, and ask again. `make quickstart` runs this file.
 
-Every answer comes through the served OpenAI endpoint. Needs about five minutes on two cores without GPU.
+Every answer comes through the served OpenAI endpoint. Needs three to six minutes on two cores without GPU.
 """
 
 import json

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raylm.config.data import DataSection, SourceSection
 from raylm.data.cache import Cache, Shard, address, cache_root
-from raylm.data.files import fingerprint, num_bytes
+from raylm.data.files import HUB_SCHEME, fingerprint, num_bytes, scheme_of
 from raylm.data.readers import RawRow, read_rows
 from raylm.data.report import DataReport, RejectedRow, SourceReport
 from raylm.data.sources import SourceFile, list_files
@@ -120,7 +120,7 @@ def tokenize_files(
 
     files = list_files(sources)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    root = cache_root(section.cache, num_nodes=num_nodes)
+    root = cache_root(section.cache, num_nodes=num_nodes) if all(map(_is_fixed, files)) else None
     cache = Cache(root, _address(files, section, tokenizer, seed)) if root else None
     refs = _from_cache(cache) if cache else None
     if refs is None:
@@ -128,6 +128,11 @@ def tokenize_files(
         if cache:
             _fill(cache, refs)
     return _index(refs, files, sources, section.max_rows)
+
+
+def _is_fixed(file: SourceFile) -> bool:
+    """False for a hub dataset without a revision: it may be another one tomorrow."""
+    return scheme_of(file.path) != HUB_SCHEME or file.options.revision is not None
 
 
 def _address(files: Sequence[SourceFile], section: DataSection, source: TokenizerSource, seed: int) -> str:

@@ -119,3 +119,17 @@ def test_a_second_run_does_not_tokenise(
         file.write(json.dumps(rows[0]) + "\n")
     assert run()[2] == 10
     assert len(calls) == 5
+
+
+def test_a_hub_dataset_is_cached_only_with_a_revision(ray_cluster: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+    from raylm.config.data import DataSection
+    from raylm.data.store import TokenizerSource, tokenize_files
+
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "train.jsonl").write_text(json.dumps({"text": "hello"}) + "\n")
+    tree = {"train": f"hf://{hub}", "cache": str(tmp_path / "cache"), "max_seq_len": 64}
+    section = DataSection.model_validate(tree)
+    _, report = tokenize_files(section.train, section, TokenizerSource(str(tiny_model_dir), "tiny"))
+    assert report.used == 1
+    assert not (tmp_path / "cache").exists()
