@@ -127,8 +127,10 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def _absolute_pattern(path: str) -> str:
-    """A local path or pattern from the root of the file system; addresses as they are."""
-    return path if scheme_of(path) else str(Path(os.path.abspath(Path(path).expanduser())))
+    """A local path or pattern from the root of the file system; addresses, and what does not exist, as they are."""
+    local = Path(path).expanduser()
+    is_local = not scheme_of(path) and (local.exists() or any(sign in path for sign in "*?["))
+    return os.path.abspath(local) if is_local else path
 
 
 def _check_before_start(config: TrainConfig) -> TokenizerSource:
