@@ -18,7 +18,12 @@ from raylm.errors import RaylmError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, extra = parser.parse_known_args(arguments)
+    if any("=" not in item or item.startswith("-") for item in extra) or (extra and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:  # settings behind an option, which argparse leaves over
+        options.overrides = [*options.overrides, *extra]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("ray", "httpx", "matplotlib", "transformers", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,7 +1,6 @@
 """One loader for YAML files, dotted overrides and SDK mappings."""
 
 import difflib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,7 +117,9 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _describe(error: ValidationError, kind: type[Section]) -> str:
     faults = []
-    for fault in error.errors():
+    # A list that lost its faulty members may then be called too short, which is no fault of its own.
+    errors = [e for e in error.errors() if e["type"] != "too_short" or len(error.errors()) == 1]
+    for fault in errors:
         path = [part for part in fault["loc"] if isinstance(part, str)]
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
@@ -161,8 +162,7 @@ def _all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    candidates = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    """The section that a field holds, by itself, as an option, or as the members of a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in typing.get_args(annotation) if (found := _section_type(inner))), None)

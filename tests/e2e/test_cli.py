@@ -47,6 +47,9 @@ def test_a_users_fault_is_one_line_and_exit_code_2(config: Path) -> None:
         f"error: {config}: unknown key optimizer.learnin_rate. Did you mean optimizer.learning_rate?\n"
     )
     assert raylm("train").returncode == 2
+    assert "unrecognized arguments: --bogus" in raylm("config", "show", str(config), "--bogus").stderr
+    nested = raylm("config", "show", str(config), "--json", "data.train=[{path: a.json, wieght: 2}]")
+    assert nested.stderr == f"error: {config}: unknown key data.train.0.wieght. Did you mean data.train.weight?\n"
     absent = raylm("train", str(config), "data.train=absent.json")
     assert absent.returncode == 2
     assert absent.stderr.splitlines()[-1].startswith("error: absent.json: there is no such file or folder.")
