@@ -77,10 +77,11 @@ def plan_epoch(
 def _drawn(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Sequences as often as an epoch uses them: whole uses of each, and of each fraction its share of sequences."""
     times = np.floor(weights).astype(np.int64)
-    fractions = weights - times
-    for fraction in np.unique(fractions[fractions > 0]):
-        alike = np.flatnonzero(fractions == fraction)
-        times[rng.choice(alike, round(fraction * len(alike)), replace=False)] += 1
+    for weight in np.unique(weights):
+        fraction = weight - np.floor(weight)
+        alike = np.flatnonzero(weights == weight)
+        if fraction:
+            times[rng.choice(alike, round(fraction * len(alike)), replace=False)] += 1
     return np.repeat(np.arange(len(weights)), times)
 
 

@@ -77,3 +77,28 @@ def test_max_steps_plans_no_epoch_it_never_reaches() -> None:
     )
     assert run.num_steps == 4
     assert len(run.epochs) == 2
+
+
+def test_shuffling_forgets_the_order_of_the_files() -> None:
+    """100,000 rows sorted by length: neighbours, and neighbouring packed rows, do not correlate in length."""
+    lengths = np.sort(np.random.default_rng(0).integers(10, 1000, 100_000))
+    for packing in (False, True):
+        plan = plan_epoch(lengths, max_seq_len=1024, packing=packing, shuffle=True, seed=0, epoch=0)
+        shuffled = lengths[plan.sequences]
+        means = np.add.reduceat(shuffled, plan.offsets[:-1]) / np.diff(plan.offsets)
+        assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.05
+        assert np.corrcoef(shuffled[:-1], shuffled[1:])[0, 1] < 0.05  # packing sets long beside short
+
+
+def test_weights_are_uses_in_an_epoch() -> None:
+    lengths, weights = np.full(100, 8), np.repeat([1.0, 2.0, 0.5, 1.5], 25)
+    epochs = []
+    for epoch in range(2):
+        plan = plan_epoch(lengths, max_seq_len=32, packing=True, shuffle=True, seed=0, epoch=epoch, weights=weights)
+        uses = np.bincount(plan.sequences, minlength=100).reshape(4, 25)
+        assert uses[0].tolist() == [1] * 25
+        assert uses[1].tolist() == [2] * 25
+        assert (uses[2].sum(), uses[2].max()) == (12, 1)
+        assert (uses[3].sum(), set(uses[3])) == (25 + 12, {1, 2})
+        epochs.append(uses[2].tolist())
+    assert epochs[0] != epochs[1]
