@@ -307,7 +307,7 @@ def _read_parquet(path: str) -> Iterator[RawRow]:
             file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
             batches = file.iter_batches(batch_size=64, use_threads=False)
             yield from _arrow_rows(batches)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:  # Arrow's name for an encoding it does not read
             raise RowProblem(f"is not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
@@ -316,14 +316,22 @@ def _read_arrow(path: str) -> Iterator[RawRow]:
 
     with open_random_access(path) as stream:
         try:
-            try:
-                yield from _arrow_rows(iter(pa.ipc.open_stream(stream)))
-            except pa.ArrowInvalid:
-                stream.seek(0)
-                file = pa.ipc.open_file(stream)
-                yield from _arrow_rows(file.get_batch(number) for number in range(file.num_record_batches))
+            yield from _arrow_rows(_record_batches(stream))
         except pa.ArrowInvalid as error:
             raise RowProblem(f"is not a readable Arrow file: {str(error).splitlines()[0]}") from None
+
+
+def _record_batches(stream: Any) -> Iterator[Any]:
+    """Of a file in Arrow's streaming or random-access format. Raises pa.ArrowInvalid."""
+    import pyarrow as pa
+
+    try:
+        batches = iter(pa.ipc.open_stream(stream))
+    except pa.ArrowInvalid:
+        stream.seek(0)
+        file = pa.ipc.open_file(stream)
+        batches = (file.get_batch(number) for number in range(file.num_record_batches))
+    yield from batches
 
 
 def _arrow_rows(batches: Any) -> Iterator[RawRow]:

