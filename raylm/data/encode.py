@@ -58,15 +58,15 @@ class Encoder:
         No special tokens are added: a rendering holds its own. The first token of a row never carries loss: nothing
         predicts it.
         """
-        plain = [place for place, row in enumerate(rows) if not any(segment.literal for segment in row)]
+        typed = {place for place, row in enumerate(rows) if any([segment.literal for segment in row])}
+        plain = [place for place in range(len(rows)) if place not in typed]
         result: list[Tokens | RowProblem] = [Tokens(_EMPTY, _EMPTY.astype(bool))] * len(rows)
         chosen = [rows[place] for place in plain]
         encoded = self._by_bytes(chosen) if self.counts_bytes else self._by_offsets(chosen)
         for place, tokens in zip(plain, encoded, strict=True):
             result[place] = tokens
-        for place, row in enumerate(rows):
-            if any(segment.literal for segment in row):
-                result[place] = self._with_literals(row)
+        for place in typed:
+            result[place] = self._with_literals(rows[place])
         return result
 
     def _by_bytes(self, rows: Sequence[Sequence[Segment]]) -> list[Tokens]:

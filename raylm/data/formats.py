@@ -6,6 +6,7 @@ a conversation, plain text, a text with its continuation, or rows for alignment 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from raylm.data.schema import (
@@ -72,13 +73,17 @@ def parse_row(instance: Any, format_name: str, role_map: RoleMap, columns: Mappi
 
 def recognise(instance: Mapping[str, Any]) -> str:
     """The name of the first format whose keys a row has. Raises RowProblem."""
-    for name, form in FORMATS.items():
-        if all(key in instance for key in form.keys):
-            return name
+    if name := _with_keys(tuple(instance)):
+        return name
     found = ", ".join(sorted(map(str, instance))[:8]) or "none"
     raise RowProblem(
         f"has keys ({found}) of no known format.", f"Set format to one of {', '.join(FORMATS)}, or map the columns."
     )
+
+
+@lru_cache(maxsize=1024)
+def _with_keys(keys: tuple[str, ...]) -> str:
+    return next((name for name, form in FORMATS.items() if set(form.keys).issubset(keys)), "")
 
 
 def check_format(name: str, where: str) -> None:

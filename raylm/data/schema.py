@@ -20,6 +20,9 @@ ROLE_ALIASES = {
 """Other names of roles, as ShareGPT, LMFlow and OpenAI have them; `function` is the turn in which a tool is called."""
 
 
+_PLAIN_ROLES = {role: role for role in ROLES} | {alias: role for alias, role in ROLE_ALIASES.items() if role in ROLES}
+
+
 class ToolFunction(TypedDict):
     """A call: the name of a function and its arguments, an object."""
 
@@ -66,7 +69,7 @@ class RowProblem(Exception):
 
 def load_json(text: str) -> Any:
     """The value of a JSON text. Raises RowProblem for duplicate keys, NaN and Infinity, and json.JSONDecodeError."""
-    value = json.loads(text, parse_constant=_refuse_constant)
+    value = _PLAIN_DECODER.decode(text)
     # A hook for every object costs more than the parsing. Without one, a key given twice shows as a key missing: each
     # key is followed by a quote and a colon. Where white space or quoted text blurs the count, the hook decides.
     if text.count('":') != _num_keys(value) or _SPACED_COLON.search(text):
@@ -78,13 +81,20 @@ _SPACED_COLON = re.compile(r'"[ \t\r\n]+:')
 
 
 def _num_keys(value: Any) -> int:
-    if isinstance(value, dict):
-        return len(value) + sum([_num_keys(inner) for inner in value.values() if isinstance(inner, dict | list)])
-    if isinstance(value, list):
-        return sum([_num_keys(inner) for inner in value if isinstance(inner, dict | list)])
-    return 0
+    count = 0
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if type(inner) is dict:
+            count += len(inner)
+            inner = inner.values()
+        elif type(inner) is not list:
+            continue
+        waiting += [part for part in inner if type(part) is dict or type(part) is list]
+    return count
 
 
+_PLAIN_DECODER = json.JSONDecoder(parse_constant=lambda name: _refuse_constant(name))
 DECODER = json.JSONDecoder(
     object_pairs_hook=lambda pairs: _object_with_unique_keys(pairs),
     parse_constant=lambda name: _refuse_constant(name),
@@ -111,7 +121,18 @@ def parse_conversation(instance: Mapping[str, Any], role_map: Mapping[str, str])
 def parse_messages(raw: list[Any], role_map: Mapping[str, str], *, role: str = "role") -> list[Message]:
     """Messages in the one form; role: the key that names it. Raises RowProblem."""
     content = {"role": "content", "from": "value"}.get(role, "content")
-    return [_parse_message(f"message {at}", message, role_map, role, content) for at, message in enumerate(raw)]
+    messages: list[Message] = []
+    for at, message in enumerate(raw):
+        # Nearly all messages are a known role and a text, and nothing else.
+        if type(message) is dict and len(message) == 2:
+            given, text = message.get(role), message.get(content)
+            if type(given) is str and type(text) is str and given not in role_map and is_valid(text):
+                name = _PLAIN_ROLES.get(given)
+                if name is not None:
+                    messages.append({"role": name, "content": text})
+                    continue
+        messages.append(_parse_message(f"message {at}", message, role_map, role, content))
+    return messages
 
 
 def parse_tools(raw: Any) -> list[Any]:
@@ -156,11 +177,20 @@ def checked_text(value: Any, where: str) -> str:
     """The value as valid text. Raises RowProblem."""
     if not isinstance(value, str):
         raise RowProblem(f"{where} is {kind_of(value)}, not text.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowProblem(f"{where} holds half of a surrogate pair, which is not text.") from None
+    if not is_valid(value):
+        raise RowProblem(f"{where} holds half of a surrogate pair, which is not text.")
     return value
+
+
+def is_valid(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+    if text.isascii():  # known without looking at the characters
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def kind_of(value: object) -> str:

@@ -4,9 +4,11 @@ Blocks are shared memory on each node and spill to disk when they outgrow it; a 
 copy. The driver keeps only lengths and places: some 30 bytes a row. A second run reads the blocks from the cache.
 """
 
+import gc
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -32,7 +34,10 @@ logger = logging.getLogger(__name__)
 READ_ROWS = 1024
 READ_BYTES = 8 * 2**20
 TOKENIZE_ROWS = 1024
-TASK_CPUS = 0.5
+READ_CPUS, TOKENIZE_CPUS = 0.25, 0.5
+"""Unequal, or Ray Data runs both stages in one actor; together below one, so that a cluster of one CPU runs both."""
+BLOCK_BYTES = 4 * 2**20
+"""Of the blocks between the stages: with Ray's 128 MiB, all of a file would go to one actor."""
 SMALL_BYTES = 2**20
 """Up to this, tokenising takes less time than starting a worker for it."""
 BYTES_PER_ACTOR = 4 * 2**20
@@ -86,9 +91,14 @@ class TokenStore:
         return self.file_names[int(self.files[row])], int(self.indices[row])
 
 
-def row_tokenizer(files: Sequence[SourceFile], section: DataSection, source: TokenizerSource) -> RowTokenizer:
-    """What turns the rows of these files into tokens. Raises DataError and ModelError for templates that cannot be."""
-    tokenizer = source.load()
+def row_tokenizer(
+    files: Sequence[SourceFile], section: DataSection, source: TokenizerSource, tokenizer: Any = None
+) -> RowTokenizer:
+    """What turns the rows of these files into tokens; tokenizer: what `source` loads, where it is loaded already.
+
+    Raises DataError and ModelError for templates that cannot be.
+    """
+    tokenizer = source.load() if tokenizer is None else tokenizer
     templates: dict[str, ChatTemplate | None] = {}
     for name in {file.template or section.template for file in files}:
         try:
@@ -121,10 +131,11 @@ def tokenize_files(
     files = list_files(sources)
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     root = cache_root(section.cache, num_nodes=num_nodes) if all(map(_is_fixed, files)) else None
-    cache = Cache(root, _address(files, section, tokenizer, seed)) if root else None
+    loaded = tokenizer.load()
+    cache = Cache(root, _address(files, section, loaded, tokenizer.name, seed)) if root else None
     refs = _from_cache(cache) if cache else None
     if refs is None:
-        refs = _tokenized(files, section, tokenizer, seed)
+        refs = _tokenized(files, section, tokenizer, loaded, seed)
         if cache:
             _fill(cache, refs)
     return _index(refs, files, sources, section.max_rows)
@@ -135,13 +146,12 @@ def _is_fixed(file: SourceFile) -> bool:
     return scheme_of(file.path) != HUB_SCHEME or file.options.revision is not None
 
 
-def _address(files: Sequence[SourceFile], section: DataSection, source: TokenizerSource, seed: int) -> str:
-    tokenizer = source.load()
+def _address(files: Sequence[SourceFile], section: DataSection, tokenizer: Any, model: str, seed: int) -> str:
     names = sorted({file.template or section.template for file in files})
     templates = {}
     for name in names:
         try:
-            templates[name] = chat_template(name, tokenizer, source.name).jinja()
+            templates[name] = chat_template(name, tokenizer, model).jinja()
         except ModelError:
             templates[name] = ""
     written = tokenizer.backend_tokenizer.to_str() + json.dumps(tokenizer.special_tokens_map, default=str)
@@ -158,7 +168,9 @@ def _address(files: Sequence[SourceFile], section: DataSection, source: Tokenize
     )
 
 
-def _tokenized(files: Sequence[SourceFile], section: DataSection, tokenizer: TokenizerSource, seed: int) -> list[Any]:
+def _tokenized(
+    files: Sequence[SourceFile], section: DataSection, source: TokenizerSource, tokenizer: Any, seed: int
+) -> list[Any]:
     """References of blocks of TOKENS_SCHEMA, in file order."""
     import ray
 
@@ -166,16 +178,26 @@ def _tokenized(files: Sequence[SourceFile], section: DataSection, tokenizer: Tok
     sizes = [num_bytes(file.path) for file in files]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     if total is not None and total <= SMALL_BYTES:  # done before a worker has imported its tokenizer
-        rows = row_tokenizer(files, section, tokenizer)
+        rows = row_tokenizer(files, section, source, tokenizer)
         numbers = pa.table({"number": pa.array(range(len(files)), pa.int64())})
         return [ray.put(rows.table(table)) for table in _read_files(numbers, files, keep)]
-    return _tokenized_by_ray_data(files, section, tokenizer, keep, total)
+    if source.trust_remote_code:
+        tokenizer = None  # its class may not be known in the worker
+    return _tokenized_by_ray_data(files, section, source, tokenizer, keep, total)
 
 
 def _tokenized_by_ray_data(
-    files: Sequence[SourceFile], section: DataSection, tokenizer: TokenizerSource, keep: "_Keep", total: int | None
+    files: Sequence[SourceFile],
+    section: DataSection,
+    source: TokenizerSource,
+    tokenizer: Any,
+    keep: "_Keep",
+    total: int | None,
 ) -> list[Any]:
-    """A task for each file feeds actors that tokenise; total: bytes of all files, where they are known."""
+    """A task for each file feeds actors that tokenise; total: bytes of all files, where they are known.
+
+    The actors are sent the tokenizer itself: loading it there would import PyTorch, which takes three times as long.
+    """
     import ray.data
 
     items = [{"number": number} for number in range(len(files))]
@@ -188,19 +210,25 @@ def _tokenized_by_ray_data(
             fn_kwargs={"files": list(files), "keep": keep},
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=TASK_CPUS,
+            num_cpus=READ_CPUS,
         )
         .map_batches(
             _TokenizeStage,
-            fn_constructor_kwargs={"files": list(files), "section": section, "source": tokenizer},
+            fn_constructor_kwargs={
+                "files": list(files),
+                "section": section,
+                "source": source,
+                "tokenizer": tokenizer,
+                "num_threads": max(1, cpus // max(1, actors)),
+            },
             batch_size=TOKENIZE_ROWS,
             batch_format="pyarrow",
-            num_cpus=TASK_CPUS,
+            num_cpus=TOKENIZE_CPUS,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, actors)),
         )
     )
-    # Half a CPU each, so that the two stages run beside each other on a cluster of one CPU.
     dataset.context.execution_options.preserve_order = True
+    dataset.context.target_max_block_size = BLOCK_BYTES
     dataset.context.enable_progress_bars = False
     return list(dataset.materialize().to_arrow_refs())
 
@@ -334,13 +362,31 @@ def raw_table(file: int, rows: Sequence[tuple[RawRow, str]]) -> pa.Table:
 
 
 class _TokenizeStage:
-    """Loads the tokenizer in the worker, then calls the plain function that the unit tests call."""
+    """Prepares the tokenizer in the worker, then calls the plain function that the unit tests call."""
 
-    def __init__(self, files: Sequence[SourceFile], section: DataSection, source: TokenizerSource) -> None:
-        self._rows = row_tokenizer(files, section, source)
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        section: DataSection,
+        source: TokenizerSource,
+        tokenizer: Any,
+        num_threads: int,
+    ) -> None:
+        """tokenizer: None where it must be loaded here.
+
+        num_threads: of the tokenizer; its default is one for each core of the node, in every actor.
+        """
+        os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+        self._rows = row_tokenizer(files, section, source, tokenizer)
+        gc.freeze()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self._rows.table(batch)
+        # Collecting while the objects of a batch come to life finds nothing, and takes a fifth of the time.
+        gc.disable()
+        try:
+            return self._rows.table(batch)
+        finally:
+            gc.enable()
 
 
 def _index(

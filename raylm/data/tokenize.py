@@ -203,12 +203,12 @@ def _with_loss(segments: list[Segment], messages: Sequence[Mapping[str, Any]], l
     if loss_on == "all":
         return [Segment(s.text, True, s.generated, s.literal, s.turn) for s in segments]
     silent = {place for place, message in enumerate(messages) if message.get("train") is False}
-    shift = _system_turns(segments, messages)
     if loss_on == "last_assistant":
         last = max((place for place, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
         silent |= set(range(len(messages))) - {last}
     if not silent:
         return segments
+    shift = _system_turns(segments, messages)
     return [
         Segment(s.text, False, s.generated, s.literal, s.turn) if s.loss and s.turn + shift in silent else s
         for s in segments

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from raylm.data.schema import RowProblem
-from raylm.data.templates.jinja import TokenizerTemplate
+from raylm.data.templates.jinja import TokenizerTemplate, _Renderer
 from raylm.errors import ModelError
 from tests.data.support import bot, call, result, user
 
@@ -145,3 +145,32 @@ def test_templates_run_in_a_sandbox(tokenizer: Any) -> None:
     jinja = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + tokenizer.chat_template
     with pytest.raises((ModelError, RowProblem)):
         TokenizerTemplate(_with(tokenizer, jinja), "m").render({"messages": CHAT})
+
+
+@pytest.mark.parametrize("answer_follows", [False, True])
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "add", "parameters": {}}}]])
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.content }}"
+        "{% endfor %}{{ bos_token }}{{ tools | tojson }}{{ documents }}{{ missing is defined }}",
+        "{% macro turn(m) %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endmacro %}{% for m in messages %}"
+        "{{ turn(m) }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}{{ range(3) | list }}",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% endif %}{% endfor %}",
+        {"default": "d{{ messages[0].content }}", "tool_use": "t{{ messages[0].content }}{{ tools[0].type }}"},
+    ],
+)
+def test_rendering_is_that_of_apply_chat_template(tokenizer: Any, jinja: Any, tools: Any, answer_follows: bool) -> None:
+    other = _with(tokenizer, jinja)
+    render = _Renderer(other)
+    for _ in range(2):  # nothing is kept from one conversation to the next
+        assert render(CHAT, tools, answer_follows) == other.apply_chat_template(
+            CHAT, tools=tools, tokenize=False, add_generation_prompt=answer_follows
+        )
+
+
+def test_a_template_stays_in_the_sandbox(tokenizer: Any) -> None:
+    for jinja in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}{{ messages.__class__.__mro__[1] }}"):
+        with pytest.raises(ModelError, match="unsafe"):
+            TokenizerTemplate(_with(tokenizer, jinja), "m")

@@ -37,13 +37,11 @@ class Literals:
 
     def _may_hold(self, value: Any) -> bool:
         """False when no text in the value holds a character that a control token begins with."""
-        if isinstance(value, str):
-            return any([start in value for start in self._starts])
-        if isinstance(value, Mapping):
-            return any([self._may_hold(inner) for inner in value.values()])
-        if isinstance(value, list | tuple):
-            return any([self._may_hold(inner) for inner in value])
-        return False
+        kind = type(value)  # of JSON, so exact; the checks of abstract classes cost more than the search
+        if kind is str:
+            return any(map(value.__contains__, self._starts))
+        inner = value.values() if kind is dict else value if kind is list or kind is tuple else ()
+        return any(map(self._may_hold, inner))
 
     def _replaced(self, value: Any, taken: list[str]) -> Any:
         if isinstance(value, str):
