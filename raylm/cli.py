@@ -133,7 +133,12 @@ def _chat(options: Any) -> None:
         chat_in_terminal(options.target, api_key=key, system=options.system)
         return
     with raylm.serve(options.target, options.overrides) as server:
-        chat_in_terminal(server.url, api_key=key, system=options.system)
+        from raylm.data.prompt import PromptEncoder
+        from raylm.data.tokenizer import load_tokenizer
+        from raylm.models.folder import as_folder
+
+        prompts = PromptEncoder(load_tokenizer(as_folder(options.target)), options.target)
+        chat_in_terminal(server.url, api_key=key, system=options.system, prompts=prompts)
 
 
 def _generate(options: Any) -> None:

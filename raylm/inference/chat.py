@@ -6,6 +6,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from raylm.data.prompt import PromptEncoder
+from raylm.data.schema import RowProblem
 from raylm.errors import ServingError
 
 HELP = "/reset starts over, /quit leaves, ctrl-c stops an answer."
@@ -17,13 +19,15 @@ def chat_in_terminal(
     api_key: str | None = None,
     system: str | None = None,
     max_tokens: int | None = None,
+    prompts: PromptEncoder | None = None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] | None = None,
 ) -> None:
     """Runs until /quit; answers are the likeliest ones, so the same words get the same answer.
 
-    url: of the server, with or without /v1; max_tokens: of an answer, default the model's room. Raises ServingError
-    when the server does not answer.
+    url: of the server, with or without /v1; max_tokens: of an answer, default the model's room; prompts: of the served
+    model, where it is at hand: with it, names of control tokens that somebody types stay text, as in training. Raises
+    ServingError when the server does not answer.
     """
     write = write or _write
     client, model = _connect(url, api_key)
@@ -44,7 +48,7 @@ def chat_in_terminal(
             write(HELP + "\n")
         elif line:
             history.append({"role": "user", "content": line})
-            _turn(_stream(client, model, history, max_tokens), history, write)
+            _turn(_stream(client, model, history, max_tokens, prompts), history, write)
 
 
 def _turn(pieces: Iterator[str], history: list[dict[str, str]], write: Callable[[str], None]) -> None:
@@ -63,18 +67,36 @@ def _turn(pieces: Iterator[str], history: list[dict[str, str]], write: Callable[
     history.append({"role": "assistant", "content": answer})
 
 
-def _stream(client: Any, model: str, history: list[dict[str, str]], max_tokens: int | None) -> Iterator[str]:
+def _stream(
+    client: Any, model: str, history: list[dict[str, str]], max_tokens: int | None, prompts: PromptEncoder | None
+) -> Iterator[str]:
     import openai
 
     limit = {"max_tokens": max_tokens} if max_tokens else {}
+    conversation = {"messages": history}
     try:
+        if prompts is not None and prompts.types_control_tokens(conversation):
+            # The server would parse them; it takes ids as they are. Its own default would be 16 tokens.
+            ids = prompts.ids(conversation)
+            room = limit or {"max_tokens": _context_length(client, model) - len(ids)}
+            for part in client.completions.create(model=model, prompt=ids, stream=True, temperature=0.0, **room):
+                if part.choices and part.choices[0].text:
+                    yield part.choices[0].text
+            return
         for chunk in client.chat.completions.create(
             model=model, messages=history, stream=True, temperature=0.0, **limit
         ):
             if chunk.choices and chunk.choices[0].delta.content:
                 yield chunk.choices[0].delta.content
+    except RowProblem as problem:
+        raise ServingError("the message", str(problem)) from None
     except openai.APIError as error:
         raise ServingError("the server", f"refused: {error.message}", "/reset starts a shorter conversation.") from None
+
+
+def _context_length(client: Any, model: str) -> int:
+    """Tokens of prompt and answer together, as vLLM's list of models has it."""
+    return next(int(item.max_model_len) for item in client.models.list() if item.id == model)
 
 
 def _connect(url: str, api_key: str | None) -> tuple[Any, str]:

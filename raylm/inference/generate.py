@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from raylm.config import GenerateConfig
+from raylm.data.prompt import PromptEncoder
 from raylm.data.rows import FileRow, iterate_rows
-from raylm.data.schema import Message
+from raylm.data.schema import Message, RowProblem
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import DataError, ModelError, RaylmError
 from raylm.inference.engine import engine_environment, load_engine
@@ -109,13 +110,23 @@ class _Engine:
         self._engine = load_engine(
             folder, dtype=config.dtype, max_model_len=config.max_model_len, seed=config.seed, use_gpu=use_gpu
         )
+        self._prompts = PromptEncoder(load_tokenizer(folder), config.model)
         self._sampling = SamplingParams(
             max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
         )
 
+    def _ids(self, number: int, messages: list[Message]) -> list[int]:
+        try:
+            return self._prompts.ids({"messages": messages})
+        except RowProblem as problem:
+            raise DataError(f"prompt {number}", str(problem)) from None
+
     def __call__(self, batch: pa.Table) -> pa.Table:
         conversations = [json.loads(text) for text in batch["messages"].to_pylist()]
-        outputs = self._engine.chat(conversations, self._sampling, use_tqdm=False)
+        prompts = [
+            {"prompt_token_ids": self._ids(*item)} for item in zip(batch["id"].to_pylist(), conversations, strict=True)
+        ]
+        outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
         return pa.table(
             {
                 "id": batch["id"],

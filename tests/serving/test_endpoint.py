@@ -22,6 +22,7 @@ from openai import OpenAI
 
 from raylm.config.serving import ServeConfig
 from raylm.data.encode import Encoder, Tokens
+from raylm.data.prompt import PromptEncoder
 from raylm.data.schema import RowProblem
 from raylm.data.templates import PRESETS, chat_template
 from raylm.errors import ServingError
@@ -237,6 +238,25 @@ def test_chatting_in_the_terminal(server: Running) -> None:
         chat_in_terminal(server.url, **options)
     with pytest.raises(ServingError, match="does not answer"):
         chat_in_terminal(f"http://127.0.0.1:{free_port()}", **options)
+
+
+def test_control_tokens_typed_in_the_terminal_stay_text(server: Running, tokenizer: Any) -> None:
+    """The server itself would read them as the end of the turn; our client sends ids, those of training."""
+    typed = "say <|im_end|> now"
+    prompts = PromptEncoder(tokenizer, "tiny")
+    assert prompts.types_control_tokens({"messages": [{"role": "user", "content": typed}]})
+    ids = prompts.ids({"messages": [{"role": "user", "content": typed}]})
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1  # the template's own
+    plain = [{"role": "user", "content": "hello"}]
+    assert prompts.ids({"messages": plain}) == tokenizer.apply_chat_template(
+        plain, add_generation_prompt=True, return_dict=False
+    )
+    lines = iter([typed, "/quit"])
+    shown: list[str] = []
+    options: dict[str, Any] = {"read": lambda _: next(lines), "write": shown.append, "max_tokens": 8}
+    chat_in_terminal(server.url, api_key=KEY, prompts=prompts, **options)
+    expected = server.client().completions.create(model="tiny-llama", prompt=ids, max_tokens=8, temperature=0)
+    assert "".join(shown).split("\n", 1)[1] == expected.choices[0].text + "\n"
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(server: Running, served_model_dir: Path) -> None:

@@ -1,0 +1,41 @@
+"""Prompts as token ids, made as training makes them.
+
+A server parses the names of control tokens that somebody types; so do the chat functions of engines. Ids given to an
+engine are taken as they are.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raylm.data.encode import Encoder
+from raylm.data.schema import RowProblem
+from raylm.data.templates import Segment, chat_template
+from raylm.data.templates.literal import Literals, control_tokens, put_back
+from raylm.data.templates.table import AUTO
+
+
+class PromptEncoder:
+    """The tokenizer's chat template and the tokenizer, for prompts."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        """tokenizer: a transformers fast tokenizer; name: of its model, for messages. Raises ModelError."""
+        self._template = chat_template(AUTO, tokenizer, name)
+        self._encoder = Encoder(tokenizer)
+        self._literals = Literals(control_tokens(tokenizer))
+
+    def types_control_tokens(self, conversation: Mapping[str, Any]) -> bool:
+        """True when a message holds the name of a control token as text."""
+        return bool(self._literals.taken_out(conversation["messages"])[1])
+
+    def ids(self, conversation: Mapping[str, Any]) -> list[int]:
+        """The ids that ask for the next answer; typed names of control tokens stay text.
+
+        Raises RowProblem where the template refuses the conversation or the tokenizer cannot keep such text.
+        """
+        shown, taken = self._literals.taken_out(dict(conversation))
+        segments = put_back([Segment(self._template.prompt(shown), False)], taken)
+        tokens = self._encoder.encode([segments])[0]
+        if isinstance(tokens, RowProblem):
+            raise tokens
+        ids: list[int] = tokens.input_ids.tolist()
+        return ids
