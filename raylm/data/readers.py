@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from raylm.data.files import open_bytes, open_random_access, scheme_of, suffix_of
+from raylm.data.files import open_bytes, open_random_access, suffix_of
 from raylm.data.formats import LMFLOW_TYPES
+from raylm.data.remote import reason, scheme_of, shown
 from raylm.data.schema import DECODER, RowProblem
 from raylm.errors import nearest
 
@@ -50,7 +51,7 @@ def read_rows(path: str, options: "ReadOptions | None" = None) -> Iterator[RawRo
     except UnicodeDecodeError as error:
         yield RawRow(-1, 0, None, f"is not UTF-8 text (byte {error.start}). Save it as UTF-8.")
     except OSError as error:
-        yield RawRow(-1, 0, None, f"cannot be read: {error.strerror or error}.")
+        yield RawRow(-1, 0, None, f"cannot be read: {error.strerror or reason(error)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class ReadOptions:
 
 def place_in_file(path: str, index: int, line: int) -> str:
     """How messages name a row: `a.jsonl: line 3`, `a.json: instance 2 (line 9)`, `a.parquet: row 5`."""
+    path = shown(path)
     if index < 0:
         return path if line <= 0 else f"{path}: line {line}"
     if suffix_of(path) in (".jsonl", ".ndjson", ".csv", ".tsv", ".txt"):
@@ -95,29 +97,13 @@ def _read_lines(path: str) -> Iterator[RawRow]:
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
     """Lines without more memory than the longest allowed one; None for a longer one. Only b"\\n" ends a line."""
-    buffered: Any = io.BufferedReader(_Raw(stream), 2**20) if not isinstance(stream, io.BufferedReader) else stream
-    while line := buffered.readline(MAX_ROW_BYTES + 1):
+    while line := stream.readline(MAX_ROW_BYTES + 1):
         if len(line) <= MAX_ROW_BYTES:
             yield line
             continue
         while line and not line.endswith(b"\n"):
-            line = buffered.readline(MAX_ROW_BYTES)
+            line = stream.readline(MAX_ROW_BYTES)
         yield None
-
-
-class _Raw(io.RawIOBase):
-    """Lets Python's buffering read from an Arrow stream."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 class _Text:
@@ -267,8 +253,9 @@ def _read_table(delimiter: str) -> Callable[[str], Iterator[RawRow]]:
     def read(path: str) -> Iterator[RawRow]:
         csv.field_size_limit(MAX_ROW_BYTES)
         with open_bytes(path) as stream:
-            raw = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(_Raw(stream), 2**20)
-            rows = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+            rows = csv.reader(
+                io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
+            )
             try:
                 names = next(rows, None)
                 if names is None:
