@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from raylm.data.files import open_bytes, open_random_access, suffix_of
 from raylm.data.formats import LMFLOW_TYPES
+from raylm.data.parquet import parquet_batches
 from raylm.data.remote import reason, scheme_of, shown
 from raylm.data.schema import DECODER, RowProblem
 from raylm.errors import nearest
@@ -81,7 +82,7 @@ def _read_lines(path: str) -> Iterator[RawRow]:
     with open_bytes(path) as stream:
         for line, raw in enumerate(_lines(stream), start=1):
             if raw is None:
-                yield RawRow(index, line, None, f"is longer than {MAX_ROW_BYTES // 2**20} MiB. Split or remove it.")
+                yield RawRow(index, line, None, _too_long())
                 index += 1
                 continue
             try:
@@ -286,14 +287,10 @@ def _read_text(path: str) -> Iterator[RawRow]:
 
 def _read_parquet(path: str) -> Iterator[RawRow]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     with open_random_access(path) as stream:
         try:
-            # A buffer makes Arrow read pages as they are needed instead of a whole row group.
-            file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
-            batches = file.iter_batches(batch_size=64, use_threads=False)
-            yield from _arrow_rows(batches)
+            yield from _arrow_rows(parquet_batches(stream))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:  # Arrow's name for an encoding it does not read
             raise RowProblem(f"is not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
@@ -324,8 +321,14 @@ def _record_batches(stream: Any) -> Iterator[Any]:
 def _arrow_rows(batches: Any) -> Iterator[RawRow]:
     index = 0
     for batch in batches:
-        for start in range(0, batch.num_rows, 64):
-            for row in batch.slice(start, 64).to_pylist():
+        rows = 64 if batch.nbytes <= MAX_ROW_BYTES else 1
+        for start in range(0, batch.num_rows, rows):
+            part = batch.slice(start, rows)
+            if part.nbytes > MAX_ROW_BYTES and rows == 1:
+                yield RawRow(index, 0, None, _too_long())
+                index += 1
+                continue
+            for row in part.to_pylist():
                 yield _as_json(index, row)
                 index += 1
 
@@ -339,8 +342,12 @@ def _as_json(index: int, row: dict[str, Any]) -> RawRow:
     except (TypeError, ValueError) as error:
         return RawRow(index, 0, None, f"holds a value that JSON has not: {error}.")
     if len(text) > MAX_ROW_BYTES:
-        return RawRow(index, 0, None, f"is longer than {MAX_ROW_BYTES // 2**20} MiB. Split or remove it.")
+        return RawRow(index, 0, None, _too_long())
     return RawRow(index, 0, text)
+
+
+def _too_long() -> str:
+    return f"is longer than {MAX_ROW_BYTES // 2**20} MiB. Split or remove it."
 
 
 def _without_nulls(value: Any) -> Any:

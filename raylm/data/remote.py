@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import IO, Any, NoReturn
 from urllib.parse import parse_qsl, urlsplit
 
@@ -90,7 +89,6 @@ def inner_path(path: str) -> tuple[Any, str]:
     return system, f"{root.rstrip('/')}/{key_of(path)}".rstrip("/")
 
 
-@lru_cache(maxsize=16)
 def _s3(bucket: str, options: str, endpoint: str | None) -> tuple[Any, str]:
     from pyarrow import fs
 
@@ -112,7 +110,6 @@ def _s3(bucket: str, options: str, endpoint: str | None) -> tuple[Any, str]:
     return system, bucket
 
 
-@lru_cache(maxsize=16)
 def _arrow(scheme: str, bucket: str, options: str) -> tuple[Any, str]:
     from pyarrow import fs
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylm.config.data import DataSection, SourceSection
+from raylm.data import parquet
 from raylm.data import store as store_module
 from raylm.data.cache import MANIFEST, Cache
 from raylm.data.files import _matches, fingerprint
@@ -109,6 +110,14 @@ def test_every_format_is_read_from_s3(bucket: Any, name: str) -> None:
     content, rows = FORMATS[name]
     _put(bucket, f"in/{name}", content)
     assert _values(_read(f"s3://data/in/{name}")) == rows
+
+
+def test_pages_of_parquet_on_s3_are_looked_at(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in tests/data/test_parquet.py, where large column chunks are made for it."""
+    monkeypatch.setattr(parquet, "_SMALL_CHUNK_BYTES", 0)
+    monkeypatch.setattr(parquet, "_SMALL_DICTIONARY_BYTES", 0)
+    _put(bucket, "a.parquet", FORMATS["a.parquet"][0])
+    assert _values(_read("s3://data/a.parquet")) == ROWS
 
 
 def test_folders_patterns_and_lists_on_s3(bucket: Any) -> None:
@@ -208,7 +217,6 @@ def test_refused_credentials(bucket: Any, s3_server: str, monkeypatch: pytest.Mo
     assert message.startswith("s3://data/a.jsonl: cannot be listed: ")
     assert "ACCESS_DENIED" in message
     assert _paths("s3://data/a.jsonl")
-    object_store.__globals__["_s3"].cache_clear()
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert "ACCESS_DENIED" in _stops("s3://data/a.jsonl")
