@@ -428,6 +428,7 @@ def test_a_cache_that_cannot_be(bucket: Any, monkeypatch: pytest.MonkeyPatch) ->
         Cache("s3://data/x", "key")
 
 
+@pytest.mark.slow
 def test_data_and_cache_on_s3_through_ray(
     ray_cluster: Any,
     bucket: Any,
