@@ -17,6 +17,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "RAYLM_DATA_CACHE" not in os.environ:  # never the user's own
     os.environ["RAYLM_DATA_CACHE"] = tempfile.mkdtemp(prefix="raylm-test-cache-")
     atexit.register(shutil.rmtree, os.environ["RAYLM_DATA_CACHE"], ignore_errors=True)
+# Known to Ray's workers too, which start with this environment, and never the user's own.
+os.environ |= {"AWS_ACCESS_KEY_ID": "raylm-test", "AWS_SECRET_ACCESS_KEY": "raylm-test-secret"}
+os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -1,8 +1,9 @@
 """Tokenised rows kept for the next run, under an address made of everything they depend on.
 
 An entry is a folder of Parquet shards with a manifest that names each with its size and digest. The manifest is
-written last and at once, so an entry is complete or absent; shards carry names of their own, so two runs that fill
-the same entry do not meet. A shard that is not what the manifest says makes the entry be built anew.
+written last and at once (renamed, or put by the object store), so an entry is complete or absent; shards carry names
+of their own, so two runs that fill the same entry do not meet. A shard that is not what the manifest says makes the
+entry be built anew.
 """
 
 import hashlib
@@ -11,13 +12,14 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from raylm.data.files import ARROW_SCHEMES, scheme_of
+from raylm.data.remote import ARROW_SCHEMES, as_os_error, inner_path, reason, scheme_of, shown
 from raylm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -50,20 +52,28 @@ class Cache:
 
     def __init__(self, root: str, key: str) -> None:
         """Raises DataError when the folder cannot be made."""
-        self._root, self._key = root, key
+        self._open(root, key)
         try:
-            self._system, self._folder = _system_of(root)
-            self._folder = f"{self._folder.rstrip('/')}/{key}"
-            self._system.create_dir(self._folder, recursive=True)
+            with as_os_error():
+                self._system.create_dir(self._folder, recursive=True)
         except OSError as error:
             raise DataError(
-                root, f"cannot hold the cache: {error}.", "Set data.cache to another folder, or off."
+                shown(root), f"cannot hold the cache: {error}.", "Set data.cache to another folder, or off."
             ) from None
+
+    def _open(self, root: str, key: str) -> None:
+        self._root, self._key = root, key
+        self._system, folder = _system_of(root)
+        self._folder = f"{folder.rstrip('/')}/{key}"
+
+    def __reduce__(self) -> Any:
+        """A worker opens the file system itself: what Arrow would send along may hold credentials."""
+        return _reopen, (self._root, self._key)
 
     @property
     def where(self) -> str:
         """The entry, as messages name it."""
-        return f"{self._root}/{self._key}"
+        return f"{shown(self._root).rstrip('/')}/{self._key}"
 
     def shards(self) -> list[Shard] | None:
         """The shards of a complete entry whose files have their sizes, else None."""
@@ -73,7 +83,10 @@ class Cache:
             shards = [Shard(**shard) for shard in tree["shards"]]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            logger.warning("%s: the manifest cannot be read (%s): tokenising again", self.where, reason(error))
+            return None
+        except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s: the manifest is damaged (%s): tokenising again", self.where, type(error).__name__)
             return None
         infos = self._system.get_file_info([f"{self._folder}/{shard.name}" for shard in shards])
@@ -121,7 +134,8 @@ class Cache:
         if scratch != target:
             self._system.move(scratch, target)
         for name in former - {shard.name for shard in shards}:
-            self._system.delete_file(f"{self._folder}/{name}")
+            with suppress(FileNotFoundError):  # another run that filled the entry was first
+                self._system.delete_file(f"{self._folder}/{name}")
 
 
 def cache_root(setting: bool | str, *, num_nodes: int) -> str | None:
@@ -136,11 +150,17 @@ def cache_root(setting: bool | str, *, num_nodes: int) -> str | None:
     return os.path.expanduser(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
 
 
+def _reopen(root: str, key: str) -> Cache:
+    cache = Cache.__new__(Cache)
+    cache._open(root, key)
+    return cache
+
+
 def _system_of(root: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     if scheme_of(root) in ARROW_SCHEMES:
-        return fs.FileSystem.from_uri(root)
+        return inner_path(root)
     if scheme_of(root):
         raise DataError(root, "cannot hold the cache.", "Use a folder, or an s3://, gs:// or abfs:// address.")
     return fs.LocalFileSystem(), root

@@ -1,4 +1,4 @@
-"""Files wherever they lie: local paths, s3://, gs://, abfs:// through Arrow's file systems, http(s):// through fsspec.
+"""Files wherever they lie: local paths, object storage, the web.
 
 Compressed files (.gz, .zst, .bz2) are opened as what they hold.
 """
@@ -6,28 +6,39 @@ Compressed files (.gz, .zst, .bz2) are opened as what they hold.
 import fnmatch
 import glob
 import hashlib
+import io
 from pathlib import Path
 from typing import IO, Any, cast
-from urllib.parse import urlsplit
 
+from raylm.data.remote import (
+    ARROW_SCHEMES,
+    BUFFER_BYTES,
+    WEB_SCHEMES,
+    as_os_error,
+    as_raw,
+    copy_of_web,
+    inner_path,
+    key_of,
+    object_store,
+    open_object,
+    open_web,
+    reason,
+    scheme_of,
+    shown,
+    version_of,
+    with_key,
+)
 from raylm.errors import DataError
 
-ARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs")
-WEB_SCHEMES = ("http", "https")
 HUB_SCHEME = "hf"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _SAMPLE_BYTES = 65536
-
-
-def scheme_of(path: str) -> str:
-    """`s3`, `https`, `hf`, … of an address; empty for a local path."""
-    scheme, found, _ = path.partition("://")
-    return scheme.lower() if found else ""
+_UNPACKED_BYTES = 2**20
 
 
 def suffix_of(path: str) -> str:
     """The ending that says what a file holds, without that of its compression: `.jsonl` of `a/b.jsonl.gz?x=y`."""
-    name = urlsplit(path).path if scheme_of(path) else path
+    name = key_of(path) if scheme_of(path) in (*ARROW_SCHEMES, *WEB_SCHEMES) else path
     parts = [suffix.lower() for suffix in Path(name).suffixes]
     while parts and parts[-1] in COMPRESSIONS:
         parts.pop()
@@ -79,74 +90,79 @@ def _expand_local(path: str, endings: tuple[str, ...]) -> list[str]:
 def _expand_remote(path: str, endings: tuple[str, ...]) -> list[str]:
     from pyarrow import fs
 
-    base, question, query = path.partition("?")
-    pattern = any(sign in base for sign in "*[")
-    root = base[: min(base.index(sign) for sign in "*[" if sign in base)].rpartition("/")[0] if pattern else base
-    system, inner = _arrow_system(root + question + query, path)
+    system, bucket = object_store(path)
+    key = key_of(path).rstrip("/")
+    pattern = any(sign in key for sign in "*[")
+    fixed = key[: min(key.index(sign) for sign in "*[" if sign in key)].rpartition("/")[0] if pattern else key
+    root = bucket.rstrip("/")
+    inner = f"{root}/{fixed}".rstrip("/")
     try:
-        info = system.get_file_info(inner)
-        if info.type == fs.FileType.File:
-            return [path]
-        entries = system.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
+        with as_os_error():
+            if not pattern and system.get_file_info(inner).type == fs.FileType.File:
+                return [path]
+            entries = system.get_file_info(fs.FileSelector(inner, recursive=True, allow_not_found=True))
     except OSError as error:
-        raise DataError(path, f"cannot be listed: {_first_line(error)}", "Check the address and credentials.") from None
-    names = sorted(entry.path for entry in entries if entry.type == fs.FileType.File)
+        raise DataError(shown(path), f"cannot be listed: {error}.", "Check the address and credentials.") from None
+    if not entries:
+        raise DataError(shown(path), "there is no such object, folder or bucket.", "Check data.train and data.eval.")
+    names = sorted(entry.path[len(root) + 1 :] for entry in entries if entry.type == fs.FileType.File)
     if pattern:
-        wanted = urlsplit(base).netloc + urlsplit(base).path
-        names = [name for name in names if fnmatch.fnmatch(name, wanted)]
+        names = [name for name in names if _matches(name.split("/"), key.split("/"))]
+        if not names:
+            raise DataError(shown(path), "the pattern matches no object.", "Check data.train and data.eval.")
     else:
-        names = [name for name in names if _wanted(name[len(inner) :].lstrip("/"), endings)]
-    if not names:
-        raise DataError(path, "holds no dataset files.", "Check the address.")
-    return [f"{scheme_of(path)}://{name}{question}{query}" for name in names]
+        names = [name for name in names if _wanted(name[len(fixed) :].lstrip("/"), endings)]
+        if not names:
+            raise DataError(
+                shown(path), f"the folder holds no dataset files ({', '.join(endings)}).", "Check the path."
+            )
+    return [with_key(path, name) for name in names]
 
 
-def _arrow_system(path: str, shown: str) -> tuple[Any, str]:
-    from pyarrow import fs
+def _matches(name: list[str], pattern: list[str]) -> bool:
+    """As glob does in folders: `*` stays within a folder and finds no hidden file, `**` is any number of folders."""
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return _matches(name, pattern[1:]) or (
+            bool(name) and not name[0].startswith(".") and _matches(name[1:], pattern)
+        )
+    if not name or (name[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
 
-    try:
-        system, inner = fs.FileSystem.from_uri(path)
-    except (OSError, ValueError) as error:
-        raise DataError(shown, f"cannot be reached: {_first_line(error)}", "Check the address.") from None
-    return system, inner
 
-
-def open_bytes(path: str) -> IO[bytes]:
-    """A file as a stream of its uncompressed bytes. Raises OSError."""
+def open_bytes(path: str) -> io.BufferedReader:
+    """A file as a stream of its uncompressed bytes. Raises OSError and DataError."""
     import pyarrow as pa
 
-    scheme = scheme_of(path)
-    name = urlsplit(path).path if scheme else path
-    compression = COMPRESSIONS.get(Path(name).suffix.lower())
-    if not scheme and not compression:
-        return open(path, "rb")
-    if scheme in WEB_SCHEMES:
-        import fsspec
-
-        stream: Any = fsspec.open(path, "rb").open()
-        stream = pa.PythonFile(stream, mode="r") if compression else stream
-    elif scheme in ARROW_SCHEMES:
-        system, inner = _arrow_system(path, path)
-        stream = system.open_input_stream(inner, compression=None)
-    else:
-        stream = pa.OSFile(path, "rb")
+    stream: Any = _open_raw(path)
+    compression = COMPRESSIONS.get(Path(key_of(path) if scheme_of(path) else path).suffix.lower())
     if compression:
-        stream = pa.CompressedInputStream(stream, compression)
-    return cast(IO[bytes], stream)
+        stream = as_raw(pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), compression))
+        return io.BufferedReader(stream, _UNPACKED_BYTES)
+    return cast(io.BufferedReader, stream)
+
+
+def _open_raw(path: str) -> IO[bytes]:
+    """A file as a stream of its bytes as they are."""
+    if not scheme_of(path):
+        return open(path, "rb")
+    stream = open_web(path) if scheme_of(path) in WEB_SCHEMES else open_object(path)
+    return io.BufferedReader(stream, BUFFER_BYTES)
 
 
 def open_random_access(path: str) -> Any:
-    """A file whose parts are read in any order, as Parquet wants it. Raises OSError."""
+    """A file whose parts are read in any order, as Parquet wants it. Raises OSError and DataError."""
     import pyarrow as pa
 
     scheme = scheme_of(path)
     if scheme in WEB_SCHEMES:
-        import fsspec
-
-        return fsspec.open(path, "rb").open()
+        return copy_of_web(path)
     if scheme in ARROW_SCHEMES:
-        system, inner = _arrow_system(path, path)
-        return system.open_input_file(inner)
+        system, inner = inner_path(path)
+        with as_os_error():
+            return system.open_input_file(inner)
     return pa.OSFile(path, "rb")
 
 
@@ -155,11 +171,14 @@ def check_readable(path: str) -> None:
     if scheme_of(path) == HUB_SCHEME:
         return
     try:
+        if scheme_of(path):
+            (open_web if scheme_of(path) in WEB_SCHEMES else open_object)(path).close()
+            return
         with open_bytes(path) as stream:
             stream.read(1)
-    except (OSError, FileNotFoundError) as error:
-        reason = getattr(error, "strerror", None) or _first_line(error)
-        raise DataError(path, f"cannot be read: {reason}.", "Check the path and its permissions.") from None
+    except OSError as error:
+        why = error.strerror or reason(error)
+        raise DataError(shown(path), f"cannot be read: {why}.", "Check the path and its permissions.") from None
 
 
 def num_bytes(path: str) -> int | None:
@@ -170,20 +189,13 @@ def num_bytes(path: str) -> int | None:
 
 
 def fingerprint(path: str) -> str:
-    """What changes when a file does: its size, its time of change, and a digest of its beginning and end."""
-    scheme = scheme_of(path)
-    if scheme in ARROW_SCHEMES:
-        system, inner = _arrow_system(path, path)
-        info = system.get_file_info(inner)
-        return f"{info.size}:{info.mtime_ns}"
-    if scheme in WEB_SCHEMES:
-        import fsspec
-
-        system = fsspec.filesystem(scheme)
-        info = system.info(path)
-        return f"{info.get('size')}:{info.get('ETag') or info.get('mtime') or ''}"
-    if scheme:
-        return path
+    """What changes when a file does: its size, its time of change, and a digest of its beginning and end, or what its
+    server says of it; empty when that is nothing. Raises DataError."""
+    if scheme_of(path):
+        try:
+            return version_of(path)
+        except OSError as error:
+            raise DataError(shown(path), f"cannot be read: {error}.", "Check the address.") from None
     status = Path(path).stat()
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -192,7 +204,3 @@ def fingerprint(path: str) -> str:
             file.seek(max(_SAMPLE_BYTES, status.st_size - _SAMPLE_BYTES))
             digest.update(file.read(_SAMPLE_BYTES))
     return f"{status.st_size}:{status.st_mtime_ns}:{digest.hexdigest()}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

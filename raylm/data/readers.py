@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from raylm.data.files import open_bytes, open_random_access, scheme_of, suffix_of
+from raylm.data.files import open_bytes, open_random_access, suffix_of
 from raylm.data.formats import LMFLOW_TYPES
+from raylm.data.parquet import parquet_batches
+from raylm.data.remote import reason, scheme_of, shown
 from raylm.data.schema import DECODER, RowProblem
 from raylm.errors import nearest
 
@@ -50,7 +52,7 @@ def read_rows(path: str, options: "ReadOptions | None" = None) -> Iterator[RawRo
     except UnicodeDecodeError as error:
         yield RawRow(-1, 0, None, f"is not UTF-8 text (byte {error.start}). Save it as UTF-8.")
     except OSError as error:
-        yield RawRow(-1, 0, None, f"cannot be read: {error.strerror or error}.")
+        yield RawRow(-1, 0, None, f"cannot be read: {error.strerror or reason(error)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class ReadOptions:
 
 def place_in_file(path: str, index: int, line: int) -> str:
     """How messages name a row: `a.jsonl: line 3`, `a.json: instance 2 (line 9)`, `a.parquet: row 5`."""
+    path = shown(path)
     if index < 0:
         return path if line <= 0 else f"{path}: line {line}"
     if suffix_of(path) in (".jsonl", ".ndjson", ".csv", ".tsv", ".txt"):
@@ -79,7 +82,7 @@ def _read_lines(path: str) -> Iterator[RawRow]:
     with open_bytes(path) as stream:
         for line, raw in enumerate(_lines(stream), start=1):
             if raw is None:
-                yield RawRow(index, line, None, f"is longer than {MAX_ROW_BYTES // 2**20} MiB. Split or remove it.")
+                yield RawRow(index, line, None, _too_long())
                 index += 1
                 continue
             try:
@@ -95,29 +98,13 @@ def _read_lines(path: str) -> Iterator[RawRow]:
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes | None]:
     """Lines without more memory than the longest allowed one; None for a longer one. Only b"\\n" ends a line."""
-    buffered: Any = io.BufferedReader(_Raw(stream), 2**20) if not isinstance(stream, io.BufferedReader) else stream
-    while line := buffered.readline(MAX_ROW_BYTES + 1):
+    while line := stream.readline(MAX_ROW_BYTES + 1):
         if len(line) <= MAX_ROW_BYTES:
             yield line
             continue
         while line and not line.endswith(b"\n"):
-            line = buffered.readline(MAX_ROW_BYTES)
+            line = stream.readline(MAX_ROW_BYTES)
         yield None
-
-
-class _Raw(io.RawIOBase):
-    """Lets Python's buffering read from an Arrow stream."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 class _Text:
@@ -267,8 +254,9 @@ def _read_table(delimiter: str) -> Callable[[str], Iterator[RawRow]]:
     def read(path: str) -> Iterator[RawRow]:
         csv.field_size_limit(MAX_ROW_BYTES)
         with open_bytes(path) as stream:
-            raw = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(_Raw(stream), 2**20)
-            rows = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+            rows = csv.reader(
+                io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
+            )
             try:
                 names = next(rows, None)
                 if names is None:
@@ -299,14 +287,10 @@ def _read_text(path: str) -> Iterator[RawRow]:
 
 def _read_parquet(path: str) -> Iterator[RawRow]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     with open_random_access(path) as stream:
         try:
-            # A buffer makes Arrow read pages as they are needed instead of a whole row group.
-            file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
-            batches = file.iter_batches(batch_size=64, use_threads=False)
-            yield from _arrow_rows(batches)
+            yield from _arrow_rows(parquet_batches(stream))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:  # Arrow's name for an encoding it does not read
             raise RowProblem(f"is not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
@@ -337,8 +321,14 @@ def _record_batches(stream: Any) -> Iterator[Any]:
 def _arrow_rows(batches: Any) -> Iterator[RawRow]:
     index = 0
     for batch in batches:
-        for start in range(0, batch.num_rows, 64):
-            for row in batch.slice(start, 64).to_pylist():
+        rows = 64 if batch.nbytes <= MAX_ROW_BYTES else 1
+        for start in range(0, batch.num_rows, rows):
+            part = batch.slice(start, rows)
+            if part.nbytes > MAX_ROW_BYTES and rows == 1:
+                yield RawRow(index, 0, None, _too_long())
+                index += 1
+                continue
+            for row in part.to_pylist():
                 yield _as_json(index, row)
                 index += 1
 
@@ -352,8 +342,12 @@ def _as_json(index: int, row: dict[str, Any]) -> RawRow:
     except (TypeError, ValueError) as error:
         return RawRow(index, 0, None, f"holds a value that JSON has not: {error}.")
     if len(text) > MAX_ROW_BYTES:
-        return RawRow(index, 0, None, f"is longer than {MAX_ROW_BYTES // 2**20} MiB. Split or remove it.")
+        return RawRow(index, 0, None, _too_long())
     return RawRow(index, 0, text)
+
+
+def _too_long() -> str:
+    return f"is longer than {MAX_ROW_BYTES // 2**20} MiB. Split or remove it."
 
 
 def _without_nulls(value: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from raylm.data.readers import place_in_file
+from raylm.data.remote import shown
 from raylm.errors import DataError
 
 
@@ -62,11 +63,11 @@ class DataReport:
         return counts
 
     def check(self, where: str, *, on_bad_row: Literal["error", "quarantine"], max_bad_share: float) -> None:
-        """Raises DataError for the first malformed row, for too many rejected rows, or when none is left."""
-        malformed = next((row for row in self.rejected if row.reason == "malformed"), None)
-        if malformed and (on_bad_row == "error" or malformed.index < 0):
-            remedy = "" if malformed.index < 0 else "Mend the row, or set data.on_bad_row=quarantine."
-            raise DataError(malformed.where, malformed.problem, remedy)
+        """Raises DataError for the first malformed row or file, for too many rejected rows, or when none is left."""
+        malformed = (row for row in self.rejected if row.reason == "malformed")
+        if fault := next((row for row in malformed if on_bad_row == "error" or row.index < 0), None):
+            remedy = "" if fault.index < 0 else "Mend the row, or set data.on_bad_row=quarantine."
+            raise DataError(fault.where, fault.problem, remedy)
         if self.used == 0:
             detail = f" ({self.describe_rejected()})" if self.rejected else ""
             raise DataError(where, f"no row can be used{detail}.", self._first_problem())
@@ -120,7 +121,7 @@ class DataReport:
         with path.open("w", encoding="utf-8") as file:
             for row in self.rejected:
                 line = {
-                    "file": row.file,
+                    "file": shown(row.file),
                     "index": row.index,
                     "line": row.line,
                     "reason": row.reason,

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config.data import SourceSection
-from raylm.data.files import HUB_SCHEME, check_readable, expand, scheme_of
+from raylm.data.files import HUB_SCHEME, check_readable, expand
 from raylm.data.formats import check_format
 from raylm.data.readers import READERS, ReadOptions
+from raylm.data.remote import scheme_of, shown
 from raylm.errors import DataError
 
 
@@ -39,7 +40,9 @@ def list_files(sources: Sequence[SourceSection]) -> list[SourceFile]:
     for file in files:
         key = (file.path, file.options if scheme_of(file.path) == HUB_SCHEME else None)
         if key in seen:
-            raise DataError(file.path, "is named twice.", "List each file once; a weight above 1 repeats its rows.")
+            raise DataError(
+                shown(file.path), "is named twice.", "List each file once; a weight above 1 repeats its rows."
+            )
         seen.add(key)
         check_readable(file.path)
     return files

@@ -15,6 +15,7 @@ from raylm.data.pack import plan_epoch
 from raylm.data.readers import RawRow, place_in_file, read_rows
 from raylm.data.sources import SourceFile, list_files
 from raylm.data.store import TokenizerSource, raw_table, row_tokenizer
+from raylm.errors import DataError
 
 _BATCH_ROWS = 1024
 
@@ -55,6 +56,8 @@ def data_stats(section: DataSection, source: TokenizerSource, *, histogram: Path
     for number, file in enumerate(files):
         for batch in _batches(file):
             for row in batch:
+                if row.index < 0:
+                    raise DataError(place_in_file(file.path, row.index, row.line), row.problem)
                 rows += 1
                 digest = hashlib.blake2b((row.text or str(rows)).encode(), digest_size=16).digest()
                 here = place_in_file(file.path, row.index, row.line)

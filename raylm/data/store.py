@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from raylm.config.data import DataSection, SourceSection
 from raylm.data.cache import Cache, Shard, address, cache_root
-from raylm.data.files import HUB_SCHEME, fingerprint, num_bytes, scheme_of
+from raylm.data.files import HUB_SCHEME, fingerprint, num_bytes
 from raylm.data.readers import RawRow, read_rows
+from raylm.data.remote import scheme_of, shown
 from raylm.data.report import DataReport, RejectedRow, SourceReport
 from raylm.data.sources import SourceFile, list_files
 from raylm.data.templates import ChatTemplate, chat_template
@@ -129,24 +130,33 @@ def tokenize_files(
     import ray
 
     files = list_files(sources)
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    root = cache_root(section.cache, num_nodes=num_nodes) if all(map(_is_fixed, files)) else None
     loaded = tokenizer.load()
-    cache = Cache(root, _address(files, section, loaded, tokenizer.name, seed)) if root else None
-    refs = _from_cache(cache) if cache else None
-    if refs is None:
-        refs = _tokenized(files, section, tokenizer, loaded, seed)
-        if cache:
-            _fill(cache, refs)
-    return _index(refs, files, sources, section.max_rows)
+    root = cache_root(section.cache, num_nodes=sum(node["Alive"] for node in ray.nodes()))
+    versions = [_version(file) for file in files] if root else []
+    cache = None
+    if root and all(versions):
+        cache = Cache(root, _address(files, versions, section, loaded, tokenizer.name, seed))
+    cached = _from_cache(cache) if cache else None
+    refs = _tokenized(files, section, tokenizer, loaded, seed) if cached is None else cached
+    store, report = _index(refs, files, sources, section.max_rows)
+    if cache and cached is None and not any(row.index < 0 for row in report.rejected):
+        _fill(cache, refs)  # not what a file could not be read for: that may be better tomorrow
+    return store, report
 
 
-def _is_fixed(file: SourceFile) -> bool:
-    """False for a hub dataset without a revision: it may be another one tomorrow."""
-    return scheme_of(file.path) != HUB_SCHEME or file.options.revision is not None
+def _version(file: SourceFile) -> str:
+    """What changes when a file does; empty for one that may be another tomorrow without a sign."""
+    return file.options.revision or "" if scheme_of(file.path) == HUB_SCHEME else fingerprint(file.path)
 
 
-def _address(files: Sequence[SourceFile], section: DataSection, tokenizer: Any, model: str, seed: int) -> str:
+def _address(
+    files: Sequence[SourceFile],
+    versions: Sequence[str],
+    section: DataSection,
+    tokenizer: Any,
+    model: str,
+    seed: int,
+) -> str:
     names = sorted({file.template or section.template for file in files})
     templates = {}
     for name in names:
@@ -157,7 +167,10 @@ def _address(files: Sequence[SourceFile], section: DataSection, tokenizer: Any, 
     written = tokenizer.backend_tokenizer.to_str() + json.dumps(tokenizer.special_tokens_map, default=str)
     return address(
         {
-            "files": [{**asdict(file), "weight": 0, "fingerprint": fingerprint(file.path)} for file in files],
+            "files": [
+                {**asdict(file), "weight": 0, "fingerprint": version}
+                for file, version in zip(files, versions, strict=True)
+            ],
             "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
             "templates": templates,
             "options": asdict(tokenize_options(section)),
@@ -237,7 +250,7 @@ def _fill(cache: Cache, refs: list[Any]) -> None:
     """Stores the blocks. A disk that is full costs the cache, not the run."""
     import ray
 
-    write = ray.remote(num_cpus=0)(_write_shard)
+    write = ray.remote(num_cpus=TOKENIZE_CPUS)(_write_shard)  # as many at once as there are CPUs
     try:
         cache.commit(ray.get([write.remote(cache, ref) for ref in refs]))
     except (OSError, ray.exceptions.RayTaskError) as error:
@@ -260,7 +273,7 @@ def _from_cache(cache: Cache) -> list[Any] | None:
     shards = cache.shards()
     if shards is None:
         return None
-    read = ray.remote(num_cpus=0, num_returns=2)(_read_shard)
+    read = ray.remote(num_cpus=TOKENIZE_CPUS, num_returns=2)(_read_shard)
     pairs = [read.remote(cache, shard) for shard in shards]
     damaged = [shard.name for shard, good in zip(shards, ray.get([pair[1] for pair in pairs]), strict=True) if not good]
     if damaged:
@@ -495,7 +508,7 @@ def _store_and_report(
     loss, straddling = found.pop("loss"), found.pop("straddling")
     by_file = np.array([file.weight for file in files], np.float64)
     weights = by_file[found["files"]] if np.any(by_file != 1) else None
-    store = TokenStore(refs=refs, file_names=tuple(file.path for file in files), weights=weights, **found)
+    store = TokenStore(refs=refs, file_names=tuple(shown(file.path) for file in files), weights=weights, **found)
     used = int(number[-1]) + 1 if len(number) else 0
     origin = np.array([file.source for file in files], np.int32)[found["files"]] if len(number) else np.zeros(0, int)
     bad = [next(file.source for file in files if file.path == row.file) for row in rejected]

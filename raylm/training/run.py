@@ -11,8 +11,8 @@ from typing import Any
 
 from raylm.config import TrainConfig
 from raylm.config.data import SourceSection
-from raylm.data.files import scheme_of
 from raylm.data.plan import RunPlan, plan_run
+from raylm.data.remote import scheme_of
 from raylm.data.report import DataReport
 from raylm.data.sources import list_files
 from raylm.data.store import TokenizerSource, row_tokenizer
