@@ -105,12 +105,6 @@ class VocabularyExtension:
             self.added.append(NewToken(self.num_tokens, model.text(learnt.symbol), parts[learnt.symbol]))
             self._learnt.append(learnt)
 
-    def keep(self, num_learnt: int) -> None:
-        """Drops the last of the learnt pieces until `num_learnt` are left."""
-        surplus = len(self._learnt) - num_learnt
-        if surplus > 0:
-            del self.added[-surplus:], self._learnt[-surplus:]
-
     @property
     def num_learnt(self) -> int:
         """Pieces learnt and kept."""

@@ -1,25 +1,38 @@
-"""Low-rank adapters through PEFT: put into a model, merged out of it."""
+"""What PEFT trains beside frozen weights: low-rank adapters and new rows, put into a model, merged out of it.
+
+New rows are PEFT's trainable tokens: parameters of their own that stand in the place of those rows. The old rows are
+in no optimizer, so neither a gradient nor weight decay changes them. The price is a copy of the embedding, and of the
+output layer if it is another matrix, in each forward.
+"""
 
 import copy
+import logging
 from typing import Any
 
 import torch
 
 from raylm.config.training import LoraSection
 from raylm.errors import ModelError
+from raylm.models.vocabulary import new_rows
+
+logger = logging.getLogger(__name__)
 
 
 def add_lora(model: Any, section: LoraSection, *, seed: int) -> Any:
-    """The model with adapters in its linear modules; only they require gradients.
+    """The model with adapters in its linear modules; only they, and its new rows, require gradients.
 
     Raises ModelError when a name in `lora.target_modules` matches no linear module.
     """
     from peft import LoraConfig, get_peft_model
 
+    rows = new_rows(model.config)
+    if rows and not section.new_rows:
+        logger.warning("lora.new_rows=false: the %d tokens that are new to this model will not be learnt", len(rows))
     if section.target_modules != "all-linear":
         _check_targets(model, section.target_modules)
     torch.manual_seed(seed)  # lora_A is drawn at random, alike on all ranks
     targets = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
+    trained = {name: list(rows) for name in _row_layers(model)} if rows and section.new_rows else None
     return get_peft_model(
         model,
         LoraConfig(
@@ -27,9 +40,38 @@ def add_lora(model: Any, section: LoraSection, *, seed: int) -> Any:
             lora_alpha=section.alpha,
             lora_dropout=section.dropout,
             target_modules=targets,
+            trainable_token_indices=trained,
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def add_new_rows(model: Any) -> Any:
+    """The model with only the rows of its new tokens requiring gradients. Raises ModelError when there are none."""
+    from peft import TrainableTokensConfig, get_peft_model
+
+    rows = check_new_rows(model.config, model.name_or_path)
+    return get_peft_model(
+        model,
+        TrainableTokensConfig(target_modules=_row_layers(model), token_indices=list(rows), task_type="CAUSAL_LM"),
+    )
+
+
+def check_new_rows(model_config: Any, name: str) -> range:
+    """The new rows of a model. Raises ModelError when its configuration names none."""
+    rows = new_rows(model_config)
+    if rows is None:
+        raise ModelError(name, "has no new rows.", "Make some with raylm vocab extend, or set training.method=full.")
+    return rows
+
+
+def output_layer(causal: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a model's output layer, with the rows that are being trained in their places."""
+    head = causal.get_output_embeddings()
+    rows = getattr(head, "token_adapter", head)
+    if hasattr(rows, "get_merged_weights"):  # PEFT's `weight` is the frozen one
+        return rows.get_merged_weights(rows.active_adapters), None
+    return head.weight, getattr(head, "bias", None)
 
 
 def base_of(model: Any) -> Any:
@@ -40,6 +82,19 @@ def base_of(model: Any) -> Any:
 def merged(model: Any) -> Any:
     """A copy of a PEFT model's transformers model with the adapters added into its weights, in the weights' dtype."""
     return copy.deepcopy(model).merge_and_unload()
+
+
+def _row_layers(model: Any) -> list[str]:
+    """Names of the modules whose rows are tokens: the embedding and, where it is not tied, the output layer."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(
+            model.name_or_path,
+            "its output layer has a bias, with which new rows cannot be trained alone.",
+            "Set training.method=full.",
+        )
+    layers = [embedding] if head.weight is embedding.weight else [embedding, head]
+    return [name for layer in layers for name, module in model.named_modules() if module is layer]
 
 
 def _check_targets(model: Any, names: tuple[str, ...]) -> None:

@@ -210,16 +210,6 @@ def test_extending_twice(tmp_path: Path) -> None:
     second.check("the whales and penguins <|act|>")
 
 
-def test_keeping_fewer_pieces_keeps_the_first(tmp_path: Path) -> None:
-    extension = VocabularyExtension(build_tokenizer(), "m")
-    extension.learn(CORPUS, min_frequency=2, limit=30)
-    texts = [token.text for token in extension.added]
-    extension.keep(12)
-    extension.save(tmp_path)
-    assert [token.text for token in extension.added] == texts[:12]
-    assert len(load_tokenizer(str(tmp_path))) == extension.first_id + 12
-
-
 def test_what_cannot_be_extended_says_so() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
