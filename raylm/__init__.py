@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raylm.config import GenerateConfig, ServeConfig, TrainConfig, VocabularyConfig
     from raylm.inference.generate import GenerateResult
+    from raylm.merging import MergeResult
     from raylm.serving import Endpoint
     from raylm.training.run import TrainResult
     from raylm.vocabulary import VocabularyResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "extend_vocabulary", "generate", "serve", "session", "train"]
+__all__ = ["__version__", "extend_vocabulary", "generate", "merge_adapter", "serve", "session", "train"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -91,3 +92,13 @@ def extend_vocabulary(
     from raylm.vocabulary import run_extension
 
     return run_extension(resolved)
+
+
+def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | None = None) -> "MergeResult":
+    """Writes an adapter and its base as one model folder; a base whose vocabulary was not extended yet gets its rows.
+
+    base: default: the model that the adapter names. Raises RaylmError.
+    """
+    from raylm.merging import run_merge
+
+    return run_merge(Path(adapter), Path(output), base)

@@ -89,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     extend.add_argument(
         "--pad-to-multiple-of", type=int, metavar="K", help="fill the rows up to a multiple with pieces"
     )
+    adapter = commands.add_parser("adapter", help="work with LoRA adapters").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    merge = _command(adapter, "merge", _merge, "write an adapter and its base as one model folder")
+    merge.add_argument("adapter", help="adapter folder, such as RUN/adapter")
+    merge.add_argument("--output", required=True, help="folder for the model")
+    merge.add_argument("--base", help="base model (default: the one the adapter names)")
     config = commands.add_parser("config", help="look at configurations").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -273,6 +280,11 @@ def _extend(options: Any) -> None:
     print(f"model           {result.output}")
     print(f"new tokens      {result.tokens} given, {result.pieces} learnt, ids from {result.first_new_id}")
     print(f"rows            {result.rows_before} before, {result.rows} now")
+
+
+def _merge(options: Any) -> None:
+    result = raylm.merge_adapter(options.adapter, options.output, base=options.base)
+    print(json.dumps(dataclasses.asdict(result)) if options.json else f"model           {result.output}")
 
 
 def _tokenizer_source(config: Any) -> Any:

@@ -7,13 +7,17 @@ output layer if it is another matrix, in each forward.
 
 import copy
 import logging
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from raylm.config.sections import ModelSection
 from raylm.config.training import LoraSection
 from raylm.errors import ModelError
-from raylm.models.vocabulary import new_rows
+from raylm.models.load import load_model
+from raylm.models.vocabulary import NEW_ROWS, new_rows
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +55,40 @@ def add_new_rows(model: Any) -> Any:
     from peft import TrainableTokensConfig, get_peft_model
 
     rows = check_new_rows(model.config, model.name_or_path)
-    return get_peft_model(
-        model,
-        TrainableTokensConfig(target_modules=_row_layers(model), token_indices=list(rows), task_type="CAUSAL_LM"),
-    )
+    config = TrainableTokensConfig(target_modules=_row_layers(model), token_indices=list(rows), task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # PEFT warns of tied layers in general, though it ties these rows
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return get_peft_model(model, config)
+
+
+def load_adapted(section: ModelSection, adapter: Path, *, num_tokens: int) -> Any:
+    """A base model in fp32 on the CPU with an adapter merged into its weights.
+
+    num_tokens: of the tokenizer beside the adapter; a base with fewer rows, which is what it was before its vocabulary
+    was extended, gets the rows that the adapter holds. Raises ModelError when the adapter does not hold all of them, or
+    is of another model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    trained = PeftConfig.from_pretrained(str(adapter)).trainable_token_indices or {}
+    model = load_model(section, torch.device("cpu"))
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if num_tokens > num_rows:
+        added = range(num_rows, num_tokens)
+        if not all(set(added) <= set(trained.get(name, ())) for name in _row_layers(model)):
+            raise ModelError(
+                str(adapter),
+                f"was trained with {num_tokens} tokens and does not hold the rows from {num_rows} on, which "
+                f"{section.path} lacks.",
+                "Name the extended model as the base.",
+            )
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+        setattr(model.config, NEW_ROWS, [added.start, len(added)])
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(str(adapter), f"does not fit {section.path}: {reason}", "Name the base it is of.") from None
 
 
 def check_new_rows(model_config: Any, name: str) -> range:
