@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raylm.config import GenerateConfig, ServeConfig, TrainConfig
+    from raylm.config import GenerateConfig, ServeConfig, TrainConfig, VocabularyConfig
     from raylm.inference.generate import GenerateResult
+    from raylm.merging import MergeResult
     from raylm.serving import Endpoint
     from raylm.training.run import TrainResult
+    from raylm.vocabulary import VocabularyResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "generate", "serve", "session", "train"]
+__all__ = ["__version__", "extend_vocabulary", "generate", "merge_adapter", "serve", "session", "train"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -75,3 +77,28 @@ def generate(config: "str | Path | Mapping[str, Any] | GenerateConfig", override
     from raylm.inference.generate import run_generation
 
     return run_generation(resolved)
+
+
+def extend_vocabulary(
+    config: "str | Path | Mapping[str, Any] | VocabularyConfig", overrides: Overrides = ()
+) -> "VocabularyResult":
+    """Adds learnt pieces and tokens to a tokenizer, and rows for them to its model, and writes both as a folder.
+
+    config: a YAML file, a mapping or a VocabularyConfig. Raises RaylmError.
+    """
+    from raylm.config import VocabularyConfig, load_config
+
+    resolved = load_config(VocabularyConfig, config, overrides)
+    from raylm.vocabulary import run_extension
+
+    return run_extension(resolved)
+
+
+def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | None = None) -> "MergeResult":
+    """Writes an adapter and its base as one model folder; a base whose vocabulary was not extended yet gets its rows.
+
+    base: default: the model that the adapter names. Raises RaylmError.
+    """
+    from raylm.merging import run_merge
+
+    return run_merge(Path(adapter), Path(output), base)

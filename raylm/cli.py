@@ -75,6 +75,27 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("config", help="YAML configuration")
     _overrides(prepare)
     _command(data, "templates", _templates, "list the conversation templates and formats")
+    vocabulary = commands.add_parser("vocab", help="change vocabularies").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    extend = _command(vocabulary, "extend", _extend, "add learnt pieces and tokens to a tokenizer and its model")
+    extend.add_argument("model", help="hub id, folder, or GGUF file")
+    extend.add_argument("--output", required=True, help="folder for the extended model")
+    extend.add_argument("--corpus", nargs="+", metavar="FILE", help="datasets to learn pieces from, in any format")
+    extend.add_argument("--size", type=int, metavar="N", help="pieces to learn")
+    extend.add_argument("--min-frequency", type=int, metavar="N", help="tokens of the corpus a piece must save")
+    extend.add_argument("--tokens", metavar="FILE", help="texts that become one token each: one a line, or a JSON list")
+    extend.add_argument("--special", nargs="+", metavar="TOKEN", help="control tokens, such as '<|act|>'")
+    extend.add_argument(
+        "--pad-to-multiple-of", type=int, metavar="K", help="fill the rows up to a multiple with pieces"
+    )
+    adapter = commands.add_parser("adapter", help="work with LoRA adapters").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    merge = _command(adapter, "merge", _merge, "write an adapter and its base as one model folder")
+    merge.add_argument("adapter", help="adapter folder, such as RUN/adapter")
+    merge.add_argument("--output", required=True, help="folder for the model")
+    merge.add_argument("--base", help="base model (default: the one the adapter names)")
     config = commands.add_parser("config", help="look at configurations").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -246,6 +267,29 @@ def _templates(options: Any) -> None:
     print(*(f"  {name:24}{row.source}" for name, row in PRESETS.items()), sep="\n")
     print("format of a dataset: auto (by the keys of each row), or one of")
     print(*(f"  {name:24}{form.summary}" for name, form in FORMATS.items()), sep="\n")
+
+
+def _extend(options: Any) -> None:
+    from pathlib import Path
+
+    from raylm.data.texts import read_token_list
+
+    names = ("model", "output", "corpus", "size", "min_frequency", "special", "pad_to_multiple_of")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.tokens:
+        given["tokens"] = read_token_list(Path(options.tokens))
+    result = raylm.extend_vocabulary(given)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return
+    print(f"model           {result.output}")
+    print(f"new tokens      {result.tokens} given, {result.pieces} learnt, ids from {result.first_new_id}")
+    print(f"rows            {result.rows_before} before, {result.rows} now")
+
+
+def _merge(options: Any) -> None:
+    result = raylm.merge_adapter(options.adapter, options.output, base=options.base)
+    print(json.dumps(dataclasses.asdict(result)) if options.json else f"model           {result.output}")
 
 
 def _tokenizer_source(config: Any) -> Any:

@@ -15,6 +15,8 @@ LAYERS = {
     "optim": 3,
     "training": 4,
     "inference": 4,
+    "merging": 4,
+    "vocabulary": 4,
     "tuning": 5,
     "alignment": 5,
     "evaluation": 5,

@@ -9,7 +9,14 @@ HEAVY = ("torch", "ray", "transformers", "vllm", "peft", "datasets", "numpy", "p
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["config", "show", "no-such.yaml"], ["train", "no-such.yaml"]]
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["config", "show", "no-such.yaml"],
+        ["train", "no-such.yaml"],
+        ["vocab", "extend", "--help"],
+    ],
 )
 def test_no_heavy_package_is_imported(arguments: list[str]) -> None:
     code = f"""

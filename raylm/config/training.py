@@ -13,8 +13,9 @@ ExportDtype = Literal["auto", "bf16", "fp16", "fp32"]
 class TrainingSection(Section):
     """The step and how often it is taken."""
 
-    method: Literal["full", "lora"] = "full"
-    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`)."""
+    method: Literal["full", "lora", "new_rows"] = "full"
+    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `new_rows` only the rows of the
+    embedding and output layer that `raylm vocab extend` added."""
     strategy: Literal["auto", "single", "ddp"] = "auto"
     """How ranks share the work; `auto` is `single` for one worker and `ddp` for more."""
     num_epochs: int = Field(1, ge=1)
@@ -82,6 +83,9 @@ class LoraSection(Section):
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the linear modules to adapt; `all-linear` is all but the output layer."""
+    new_rows: bool = True
+    """Train and save the rows that `raylm vocab extend` added as well, where the model has such. Off, tokens that are
+    new are never learnt."""
 
 
 class CheckpointSection(Section):

@@ -1,25 +1,42 @@
-"""Low-rank adapters through PEFT: put into a model, merged out of it."""
+"""What PEFT trains beside frozen weights: low-rank adapters and new rows, put into a model, merged out of it.
+
+New rows are PEFT's trainable tokens: parameters of their own that stand in the place of those rows. The old rows are
+in no optimizer, so neither a gradient nor weight decay changes them. The price is a copy of the embedding, and of the
+output layer if it is another matrix, in each forward.
+"""
 
 import copy
+import logging
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from raylm.config.sections import ModelSection
 from raylm.config.training import LoraSection
 from raylm.errors import ModelError
+from raylm.models.load import load_model
+from raylm.models.vocabulary import NEW_ROWS, new_rows
+
+logger = logging.getLogger(__name__)
 
 
 def add_lora(model: Any, section: LoraSection, *, seed: int) -> Any:
-    """The model with adapters in its linear modules; only they require gradients.
+    """The model with adapters in its linear modules; only they, and its new rows, require gradients.
 
     Raises ModelError when a name in `lora.target_modules` matches no linear module.
     """
     from peft import LoraConfig, get_peft_model
 
+    rows = new_rows(model.config)
+    if rows and not section.new_rows:
+        logger.warning("lora.new_rows=false: the %d tokens that are new to this model will not be learnt", len(rows))
     if section.target_modules != "all-linear":
         _check_targets(model, section.target_modules)
     torch.manual_seed(seed)  # lora_A is drawn at random, alike on all ranks
     targets = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
+    trained = {name: list(rows) for name in _row_layers(model)} if rows and section.new_rows else None
     return get_peft_model(
         model,
         LoraConfig(
@@ -27,9 +44,68 @@ def add_lora(model: Any, section: LoraSection, *, seed: int) -> Any:
             lora_alpha=section.alpha,
             lora_dropout=section.dropout,
             target_modules=targets,
+            trainable_token_indices=trained,
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def add_new_rows(model: Any) -> Any:
+    """The model with only the rows of its new tokens requiring gradients. Raises ModelError when there are none."""
+    from peft import TrainableTokensConfig, get_peft_model
+
+    rows = check_new_rows(model.config, model.name_or_path)
+    config = TrainableTokensConfig(target_modules=_row_layers(model), token_indices=list(rows), task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # PEFT warns of tied layers in general, though it ties these rows
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        return get_peft_model(model, config)
+
+
+def load_adapted(section: ModelSection, adapter: Path, *, num_tokens: int) -> Any:
+    """A base model in fp32 on the CPU with an adapter merged into its weights.
+
+    num_tokens: of the tokenizer beside the adapter; a base with fewer rows, which is what it was before its vocabulary
+    was extended, gets the rows that the adapter holds. Raises ModelError when the adapter does not hold all of them, or
+    is of another model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    trained = PeftConfig.from_pretrained(str(adapter)).trainable_token_indices or {}
+    model = load_model(section, torch.device("cpu"))
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if num_tokens > num_rows:
+        added = range(num_rows, num_tokens)
+        if not all(set(added) <= set(trained.get(name, ())) for name in _row_layers(model)):
+            raise ModelError(
+                str(adapter),
+                f"was trained with {num_tokens} tokens and does not hold the rows from {num_rows} on, which "
+                f"{section.path} lacks.",
+                "Name the extended model as the base.",
+            )
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+        setattr(model.config, NEW_ROWS, [added.start, len(added)])
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(str(adapter), f"does not fit {section.path}: {reason}", "Name the base it is of.") from None
+
+
+def check_new_rows(model_config: Any, name: str) -> range:
+    """The new rows of a model. Raises ModelError when its configuration names none."""
+    rows = new_rows(model_config)
+    if rows is None:
+        raise ModelError(name, "has no new rows.", "Make some with raylm vocab extend, or set training.method=full.")
+    return rows
+
+
+def output_layer(causal: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a model's output layer, with the rows that are being trained in their places."""
+    head = causal.get_output_embeddings()
+    rows = getattr(head, "token_adapter", head)
+    if hasattr(rows, "get_merged_weights"):  # PEFT's `weight` is the frozen one
+        return rows.get_merged_weights(rows.active_adapters), None
+    return head.weight, getattr(head, "bias", None)
 
 
 def base_of(model: Any) -> Any:
@@ -40,6 +116,19 @@ def base_of(model: Any) -> Any:
 def merged(model: Any) -> Any:
     """A copy of a PEFT model's transformers model with the adapters added into its weights, in the weights' dtype."""
     return copy.deepcopy(model).merge_and_unload()
+
+
+def _row_layers(model: Any) -> list[str]:
+    """Names of the modules whose rows are tokens: the embedding and, where it is not tied, the output layer."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(
+            model.name_or_path,
+            "its output layer has a bias, with which new rows cannot be trained alone.",
+            "Set training.method=full.",
+        )
+    layers = [embedding] if head.weight is embedding.weight else [embedding, head]
+    return [name for layer in layers for name, module in model.named_modules() if module is layer]
 
 
 def _check_targets(model: Any, names: tuple[str, ...]) -> None:

@@ -6,6 +6,8 @@ The folder is complete or absent: it is written beside its place and renamed.
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +29,34 @@ def export_model(model: Any, tokenizer: Any, target: Path, *, dtype: torch.dtype
     used_cache, config.use_cache = config.use_cache, True
     ends = _end_token_ids(tokenizer, config, generation, end_token)
     previous_ends, generation.eos_token_id = generation.eos_token_id, ends
-    scratch = _scratch(target)
     try:
-        model.save_pretrained(scratch, state_dict=state)
-        _name_dtype(scratch / "config.json", dtype)
-        tokenizer.save_pretrained(scratch)
-        _replace(scratch, target)
+        with complete_folder(target) as scratch:
+            model.save_pretrained(scratch, state_dict=state)
+            _name_dtype(scratch / "config.json", dtype)
+            tokenizer.save_pretrained(scratch)
     finally:
         config.use_cache = used_cache
         generation.eos_token_id = previous_ends
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def export_adapter(peft_model: Any, tokenizer: Any, target: Path) -> None:
     """Writes a PEFT adapter folder with the tokenizer it was trained with."""
-    scratch = _scratch(target)
-    try:
+    with complete_folder(target) as scratch:
         peft_model.save_pretrained(scratch, safe_serialization=True)
         tokenizer.save_pretrained(scratch)
-        _replace(scratch, target)
+
+
+@contextmanager
+def complete_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `target` when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        yield scratch
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -96,16 +107,3 @@ def _name_dtype(config_file: Path, dtype: torch.dtype) -> None:
     tree = json.loads(config_file.read_text())
     tree["dtype"] = str(dtype).removeprefix("torch.")
     config_file.write_text(json.dumps(tree, indent=2) + "\n")
-
-
-def _scratch(target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    return scratch
-
-
-def _replace(scratch: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    scratch.rename(target)

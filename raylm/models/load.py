@@ -38,21 +38,30 @@ def check_max_seq_len(section: ModelSection, model_config: Any, max_seq_len: int
 
 def load_model(section: ModelSection, device: torch.device) -> Any:
     """A causal language model in fp32 on `device`, ready for packed rows. Raises ModelError."""
+    attention = resolve_attention(section.attention, device)
+    model = _load(section, dtype=torch.float32, attn_implementation=attention)
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def load_as_stored(section: ModelSection) -> Any:
+    """A causal language model on the CPU with its weights in the type they are stored in. Raises ModelError."""
+    return _load(section, dtype="auto")
+
+
+def _load(section: ModelSection, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             as_folder(section.path, section.revision),
             revision=section.revision,
-            dtype=torch.float32,
-            attn_implementation=resolve_attention(section.attention, device),
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
+            **options,
         )
     except (OSError, ValueError) as error:
         raise ModelError(section.path, f"cannot be loaded: {_first_line(error)}", "Check model.path.") from None
-    model.config.use_cache = False
-    return model.to(device)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raylm.errors import ModelError
-from raylm.models.adapters import base_of
+from raylm.models.adapters import base_of, output_layer
 from raylm.models.attention import packed_arguments
 from raylm.training.batch import Batch, batch_of
 from raylm.training.losses import next_token_loss
@@ -30,9 +30,9 @@ class LossModule(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats over the batch's labels, 0-d fp32."""
         causal = base_of(self.model)
-        head = causal.get_output_embeddings()
         hidden = self._hidden(causal, batch)
-        return next_token_loss(hidden, head.weight, getattr(head, "bias", None), batch.labels)
+        weight, bias = output_layer(causal)
+        return next_token_loss(hidden, weight, bias, batch.labels)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names, without this wrapper's own prefix, and parameters that require gradients."""
@@ -63,8 +63,7 @@ def check_model(module: LossModule, name: str, *, packing: bool) -> None:
     was_training = module.training
     module.eval()
     alone = [_states(module, [ids], device) for ids in sequences]
-    head = causal.get_output_embeddings()
-    ours = torch.nn.functional.linear(alone[1], head.weight, getattr(head, "bias", None))
+    ours = torch.nn.functional.linear(alone[1], *output_layer(causal))
     theirs = causal(input_ids=torch.from_numpy(sequences[1].astype(np.int64))[None].to(device), use_cache=False).logits[
         0
     ]

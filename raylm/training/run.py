@@ -135,6 +135,7 @@ def _absolute_pattern(path: str) -> str:
 
 def _check_before_start(config: TrainConfig) -> TokenizerSource:
     """Raises for all that can be known to be wrong without Ray and without weights; returns where the tokenizer is."""
+    from raylm.models.adapters import check_new_rows
     from raylm.models.folder import as_folder
     from raylm.models.load import check_max_seq_len, load_config
     from raylm.optim.build import check_optimizer
@@ -142,7 +143,10 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
     check_optimizer(config.optimizer)
     section = config.model
-    check_max_seq_len(section, load_config(section), config.data.max_seq_len)
+    model_config = load_config(section)
+    check_max_seq_len(section, model_config, config.data.max_seq_len)
+    if config.training.method == "new_rows":
+        check_new_rows(model_config, section.path)
     source = TokenizerSource(
         as_folder(section.path, section.revision), section.path, section.revision, section.trust_remote_code
     )

@@ -13,7 +13,7 @@ from raylm.config import TrainConfig
 from raylm.data.stream import MicroBatch
 from raylm.data.templates.table import AUTO, chat_template
 from raylm.data.tokenizer import load_tokenizer
-from raylm.models.adapters import add_lora, base_of, merged
+from raylm.models.adapters import add_lora, add_new_rows, base_of, merged
 from raylm.models.export import export_adapter, export_model, storage_dtype
 from raylm.models.folder import as_folder
 from raylm.models.load import load_model
@@ -216,6 +216,8 @@ def epoch_at(steps_per_epoch: tuple[int, ...], step: int) -> float:
 def _prepared(model: Any, config: TrainConfig) -> Any:
     if config.training.method == "lora":
         model = add_lora(model, config.lora_or_default, seed=config.run.seed)
+    elif config.training.method == "new_rows":
+        model = add_new_rows(model)
     if config.training.gradient_checkpointing:
         base = base_of(model)
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -251,6 +253,7 @@ def _export(job: WorkerJob, module: LossModule, tokenizer: Any, end_token: str |
     dtype = storage_dtype(config.export.dtype, _stored_config(config))
     if config.training.method == "lora":
         export_adapter(model, tokenizer, job.run.adapter)
+    if config.training.method != "full":
         model = merged(model)
     export_model(model, tokenizer, job.run.export, dtype=dtype, end_token=end_token)
 

@@ -28,7 +28,17 @@ def config(tiny_model_dir: Path, write_dataset: Any, tmp_path: Path) -> Path:
 
 def test_version_and_help() -> None:
     assert raylm("--version").stdout == "raylm 0.1.0\n"
-    for command in ([], ["train"], ["serve"], ["chat"], ["generate"], ["data", "preview"], ["config", "show"]):
+    for command in (
+        [],
+        ["train"],
+        ["serve"],
+        ["chat"],
+        ["generate"],
+        ["data", "preview"],
+        ["config", "show"],
+        ["vocab", "extend"],
+        ["adapter", "merge"],
+    ):
         done = raylm(*command, "--help")
         assert done.returncode == 0
         assert done.stdout.startswith("usage: raylm")
