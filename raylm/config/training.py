@@ -16,8 +16,9 @@ class TrainingSection(Section):
     method: Literal["full", "lora", "new_rows"] = "full"
     """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `new_rows` only the rows of the
     embedding and output layer that `raylm vocab extend` added."""
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """How ranks share the work; `auto` is `single` for one worker and `ddp` for more."""
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    """How ranks share the work; `auto` is `single` for one worker and `ddp` for more. `fsdp` gives each rank a part of
+    the weights, gradients and optimizer state (section `fsdp`)."""
     num_epochs: int = Field(1, ge=1)
     """Passes over the data; `max_steps` can end the run earlier."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -86,6 +87,16 @@ class LoraSection(Section):
     new_rows: bool = True
     """Train and save the rows that `raylm vocab extend` added as well, where the model has such. Off, tokens that are
     new are never learnt."""
+
+
+class FsdpSection(Section):
+    """Sharding by torch FSDP2. Used when `training.strategy` is `fsdp`."""
+
+    reshard_after_forward: bool = True
+    """Give up the gathered weights of a block after its forward and gather them again for the backward pass. Off, they
+    stay: less traffic, more memory (ZeRO-2)."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in host memory; the GPU holds what is being computed."""
 
 
 class CheckpointSection(Section):

@@ -10,6 +10,7 @@ from raylm.config.sections import ClusterSection, ModelSection, RunSection
 from raylm.config.training import (
     CheckpointSection,
     ExportSection,
+    FsdpSection,
     LoraSection,
     MetricsSection,
     OptimizerSection,
@@ -28,6 +29,7 @@ class TrainConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     lora: LoraSection | None = None
+    fsdp: FsdpSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
     metrics: MetricsSection = MetricsSection()
@@ -61,6 +63,15 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def fsdp_settings_go_with_the_fsdp_strategy(self) -> Self:
+        if self.fsdp is not None and self.training.strategy != "fsdp":
+            raise ValueError(
+                f"section fsdp excludes training.strategy={self.training.strategy}. "
+                "Set training.strategy=fsdp, or drop fsdp"
+            )
+        return self
+
+    @model_validator(mode="after")
     def evaluation_interval_needs_evaluation_data(self) -> Self:
         if self.training.eval_interval_steps and not self.data.eval:
             raise ValueError("training.eval_interval_steps needs data.eval. Name an evaluation file, or drop it")
@@ -76,6 +87,11 @@ class TrainConfig(Section):
     def lora_or_default(self) -> LoraSection:
         """The LoRA settings in force when `training.method` is `lora`."""
         return self.lora or LoraSection()
+
+    @property
+    def fsdp_or_default(self) -> FsdpSection:
+        """The sharding settings in force when `training.strategy` is `fsdp`."""
+        return self.fsdp or FsdpSection()
 
     @property
     def gradient_accumulation_steps(self) -> int:

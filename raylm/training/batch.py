@@ -46,13 +46,18 @@ def to_batch(micro_batch: MicroBatch) -> Batch:
     left in a short last batch still takes part in the collectives."""
     rows = [row for row in micro_batch.rows if len(row.input_ids)]
     if not rows:
-        return batch_of([np.zeros(1, np.int32)], [np.zeros(1, bool)])
+        return empty_batch()
     ids, masks = [], []
     for row in rows:
         cuts = np.cumsum(row.seq_lengths)[:-1]
         ids += np.split(row.input_ids, cuts)
         masks += np.split(row.loss_mask, cuts)
     return batch_of(ids, masks)
+
+
+def empty_batch() -> Batch:
+    """A single token without loss."""
+    return batch_of([np.zeros(1, np.int32)], [np.zeros(1, bool)])
 
 
 def batch_of(input_ids: list[np.ndarray], loss_masks: list[np.ndarray]) -> Batch:

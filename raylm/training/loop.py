@@ -15,7 +15,7 @@ import torch
 from raylm.config.training import ScheduleSection
 from raylm.errors import TrainingError
 from raylm.optim.schedules import learning_rate_factor
-from raylm.training.batch import Batch
+from raylm.training.batch import Batch, empty_batch
 from raylm.training.strategies.base import Strategy
 
 
@@ -143,13 +143,23 @@ def evaluate(strategy: Strategy, batches: Iterable[Batch], *, precision: str) ->
     """The loss over this and all other ranks' batches; ranks may have different numbers of them."""
     strategy.module.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
-    for batch in batches:
+    for batch in batches if strategy.holds_whole_weights else _in_step(strategy, batches):
         with autocast(precision, strategy.device):
             sums[0] += strategy.module(batch.to(strategy.device)).double()  # not through DDP: no collectives
         sums[1] += batch.loss_tokens
     strategy.module.train()
     loss, tokens = strategy.sum_over_ranks(sums).tolist()
     return EvalResult(loss / tokens, int(tokens))
+
+
+def _in_step(strategy: Strategy, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """As many batches on each rank as on the one with the most; those that are short run one without labels."""
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        if not int(strategy.sum_over_ranks(torch.tensor(batch is not None, dtype=torch.int64, device=strategy.device))):
+            return
+        yield batch or empty_batch()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

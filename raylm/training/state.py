@@ -4,7 +4,7 @@
 Weights that do not train are the base model's and are not in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,34 @@ def collect_state(trainable: Named, optimizer: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_state(trainable: Named, optimizer: Any, state: Mapping[str, Tensor]) -> None:
-    """Writes a state back. Raises CheckpointError when it is of another model."""
+def restore_state(
+    trainable: Named,
+    optimizer: Any,
+    state: Mapping[str, Tensor],
+    *,
+    place: Callable[[Tensor, nn.Parameter], Tensor] = lambda value, parameter: value.to(parameter.device),
+) -> None:
+    """Writes a state back. place: puts a whole tensor where the parameter is, as it is cut.
+
+    Raises CheckpointError when the state is of another model.
+    """
+    restore_weights(trainable, state, place=place)
+    for name, parameter in trainable:
+        prefix = f"optimizer/{name}/"
+        slots = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if slots:
+            # Counters stay where the optimizer put them (fused AdamW wants its step beside the parameter).
+            optimizer.state[parameter] = {key: place(value, parameter).clone() for key, value in slots.items()}
+
+
+@torch.no_grad()
+def restore_weights(
+    trainable: Named,
+    state: Mapping[str, Tensor],
+    *,
+    place: Callable[[Tensor, nn.Parameter], Tensor] = lambda value, parameter: value,
+) -> None:
+    """Writes the weights of a state back, and leaves the optimizer's part of it alone. Raises CheckpointError."""
     expected = {f"model/{name}" for name, _ in trainable}
     found = {name for name in state if name.startswith("model/")}
     if expected != found:
@@ -39,9 +65,4 @@ def restore_state(trainable: Named, optimizer: Any, state: Mapping[str, Tensor])
             raise CheckpointError(
                 "the checkpoint", f"has {name} of shape {tuple(saved.shape)}, the model {tuple(parameter.shape)}."
             )
-        parameter.copy_(saved)
-        prefix = f"optimizer/{name}/"
-        slots = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if slots:
-            # Counters stay where the optimizer put them (fused AdamW wants its step beside the parameter).
-            optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in slots.items()}
+        parameter.copy_(place(saved, parameter))

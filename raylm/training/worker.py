@@ -23,6 +23,7 @@ from raylm.training.checkpoint import (
     CheckpointMeta,
     check_identity,
     load_state,
+    newest_checkpoint,
     prune,
     read_meta,
     save_checkpoint,
@@ -32,6 +33,7 @@ from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, 
 from raylm.training.metrics import EventsWriter, MetricsWriter
 from raylm.training.module import LossModule, check_model
 from raylm.training.run_dir import RunDir
+from raylm.training.state import restore_weights
 from raylm.training.strategies.base import Strategy
 from raylm.training.strategies.table import strategy_class
 
@@ -78,8 +80,12 @@ def run_worker(
     module = LossModule(_prepared(model, config))
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
-    optimizer = build_optimizer(module.trainable(), config.optimizer)
-    strategy: Strategy = strategy_class(config.strategy)(module, optimizer, device)
+    strategy: Strategy = strategy_class(config.strategy)(
+        module,
+        lambda trainable: build_optimizer(trainable, config.optimizer),
+        device,
+        config.fsdp_or_default if config.strategy == "fsdp" else None,
+    )
     start_step = _restore(job, strategy) if job.start_from else 0
     hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report)
     try:
@@ -103,7 +109,7 @@ def run_worker(
     if rank == 0 and config.export.enabled:
         assert events is not None
         events.write("exporting")
-        _export(job, module, tokenizer, end_token)
+        _export(job, module.model if strategy.holds_whole_weights else _rebuilt(job), tokenizer, end_token)
 
 
 def steps_of(
@@ -248,8 +254,17 @@ def _tokenizer_and_end(config: TrainConfig) -> tuple[Any, str | None]:
     return tokenizer, template.end_token()
 
 
-def _export(job: WorkerJob, module: LossModule, tokenizer: Any, end_token: str | None) -> None:
-    model, config = module.model, job.config
+def _rebuilt(job: WorkerJob) -> Any:
+    """The trained model on the CPU, from the base and the last checkpoint: no rank of a sharded run holds it."""
+    newest = newest_checkpoint(job.run.checkpoints)
+    assert newest is not None, "a run ends with a checkpoint"
+    model = _prepared(load_model(job.config.model, torch.device("cpu")), job.config)
+    restore_weights(LossModule(model).trainable(), load_state(newest, read_meta(newest)))
+    return model
+
+
+def _export(job: WorkerJob, model: Any, tokenizer: Any, end_token: str | None) -> None:
+    config = job.config
     dtype = storage_dtype(config.export.dtype, _stored_config(config))
     if config.training.method == "lora":
         export_adapter(model, tokenizer, job.run.adapter)

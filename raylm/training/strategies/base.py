@@ -1,18 +1,24 @@
 """What a training step needs from the way ranks share the work."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raylm.training.batch import Batch
 from raylm.training.module import LossModule
 
+BuildOptimizer = Callable[[Sequence[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+"""Makes an optimizer over named parameters, once they are what the strategy trains."""
+
 
 class Strategy(Protocol):
     """One implementation a file. Gradients of a step are those of the summed loss over all ranks."""
+
+    holds_whole_weights: bool
+    """Each rank has the whole model in `module` and can run it alone; False where a forward is a joint act."""
 
     rank: int
     world_size: int
@@ -41,7 +47,10 @@ class Strategy(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Trainable weights and optimizer state as whole, named tensors (training/state.py); called by all ranks."""
+        """Trainable weights and optimizer state as whole, named tensors (training/state.py).
+
+        Called by all ranks; rank 0's result counts.
+        """
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -51,6 +60,8 @@ class Strategy(Protocol):
 
 class WholeState:
     """The parts that strategies with whole parameters on each rank have in common."""
+
+    holds_whole_weights = True
 
     module: LossModule
     optimizer: Any

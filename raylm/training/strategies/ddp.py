@@ -10,14 +10,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raylm.training.batch import Batch
 from raylm.training.module import LossModule
-from raylm.training.strategies.base import WholeState
+from raylm.training.strategies.base import BuildOptimizer, WholeState
 
 
 class DdpStrategy(WholeState):
     """Needs an initialised process group (gloo on CPUs, nccl on GPUs)."""
 
-    def __init__(self, module: LossModule, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.module, self.optimizer, self.device = module, optimizer, device
+    def __init__(
+        self, module: LossModule, build_optimizer: BuildOptimizer, device: torch.device, section: None = None
+    ) -> None:
+        self.module, self.device = module, device
+        self.optimizer = build_optimizer(module.trainable())
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._wrapped: Any = DistributedDataParallel(
             module, device_ids=[device.index] if device.type == "cuda" else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raylm.training.batch import Batch
 from raylm.training.module import LossModule
-from raylm.training.strategies.base import WholeState
+from raylm.training.strategies.base import BuildOptimizer, WholeState
 
 
 class SingleStrategy(WholeState):
@@ -16,8 +16,11 @@ class SingleStrategy(WholeState):
     rank = 0
     world_size = 1
 
-    def __init__(self, module: LossModule, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.module, self.optimizer, self.device = module, optimizer, device
+    def __init__(
+        self, module: LossModule, build_optimizer: BuildOptimizer, device: torch.device, section: None = None
+    ) -> None:
+        self.module, self.device = module, device
+        self.optimizer = build_optimizer(module.trainable())
 
     def loss(self, batch: Batch) -> Tensor:
         """See Strategy."""

@@ -6,6 +6,7 @@ from typing import Any
 STRATEGIES = {
     "single": "raylm.training.strategies.single:SingleStrategy",
     "ddp": "raylm.training.strategies.ddp:DdpStrategy",
+    "fsdp": "raylm.training.strategies.fsdp:FsdpStrategy",
 }
 
 

@@ -1,0 +1,98 @@
+"""Every rank holds a part of each weight, gradient and optimizer state (torch FSDP2, `fully_shard`).
+
+A decoder block is gathered when its turn comes and given up after it; embedding, final norm and output layer stay
+gathered from forward to backward. Gradients go back to their owners after every micro-batch, not only after the last:
+more traffic than holding whole ones, but whole gradients are what one shards for.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from raylm.config.training import FsdpSection
+from raylm.errors import ConfigError
+from raylm.models.blocks import decoder_blocks
+from raylm.training.batch import Batch
+from raylm.training.module import LossModule
+from raylm.training.state import collect_state, restore_state
+from raylm.training.strategies.base import BuildOptimizer
+
+
+class FsdpStrategy:
+    """Needs an initialised process group (gloo on CPUs, nccl on GPUs)."""
+
+    holds_whole_weights = False
+
+    def __init__(
+        self, module: LossModule, build_optimizer: BuildOptimizer, device: torch.device, section: FsdpSection
+    ) -> None:
+        """Shards the module in place. Raises ConfigError for offloading without a GPU."""
+        if section.cpu_offload and device.type == "cpu":
+            raise ConfigError("fsdp.cpu_offload", "the weights are on the CPU already.", "Drop it.")
+        self.module, self.device = module, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._mesh = init_device_mesh(device.type, (self.world_size,))
+        offload = CPUOffloadPolicy() if section.cpu_offload else OffloadPolicy()
+        for block in decoder_blocks(module.model):
+            fully_shard(
+                block, mesh=self._mesh, offload_policy=offload, reshard_after_forward=section.reshard_after_forward
+            )
+        fully_shard(module, mesh=self._mesh, offload_policy=offload)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):  # sums, not means; gloo has no mean to offer anyway
+                part.set_force_sum_reduction_for_comms(True)
+                part.set_gradient_divide_factor(1.0)
+        self.optimizer = build_optimizer(module.trainable())
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See Strategy."""
+        return self.module(batch)
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        """See Strategy."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See Strategy."""
+        loss.backward()
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """See Strategy."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """See Strategy."""
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """See Strategy. One tensor at a time is whole, on rank 0 kept on the CPU."""
+        whole: dict[str, Tensor] = {}
+        for name, tensor in collect_state(self.module.trainable(), self.optimizer).items():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.rank == 0:
+                whole[name] = full.cpu()
+        return whole
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See Strategy."""
+        restore_state(self.module.trainable(), self.optimizer, state, place=self._sharded)
+
+    def _sharded(self, value: Tensor, parameter: Any) -> Tensor:
+        """This rank's part of a whole tensor: cut as the parameter is, or held whole where it has another shape."""
+        if value.ndim == 0:
+            return value.to(self.device)
+        placements = parameter.placements if value.shape == parameter.shape else [Replicate()]
+        return distribute_tensor(value.to(parameter.device), self._mesh, placements, src_data_rank=None)

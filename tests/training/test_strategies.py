@@ -1,0 +1,179 @@
+"""The equivalence class of strategies: however ranks share the work, the same steps."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raylm.errors import ConfigError
+from raylm.training.checkpoint import newest_checkpoint
+from tests.training.ranks import Ranks, ranks, train_rank
+from tests.training.support import Rows, make_config, run_in_process
+
+ROWS = Rows(60)
+COMMON = ("training.num_epochs=5", "optimizer.learning_rate=1e-3", "optimizer.max_grad_norm=0.5")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Ranks]:
+    with ranks(4) as found:
+        yield found
+
+
+def _curve(lines: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([(line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line])
+
+
+def _state(run_dir: Path) -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(run_dir / "checkpoints")
+    assert newest is not None
+    return load_file(newest / "state.safetensors")
+
+
+def _assert_same_run(run: Path, lines: list[dict[str, Any]], reference: Path, expected: list[dict[str, Any]]) -> None:
+    curve, wanted = _curve(lines), _curve(expected)
+    assert len(wanted) >= 20
+    np.testing.assert_allclose(curve, wanted, rtol=1e-5, atol=1e-5)
+    drift = (curve - wanted).mean(0)
+    assert np.all(np.abs(drift) < 2e-6), drift
+    state, target = _state(run), _state(reference)
+    assert state.keys() == target.keys()
+    for name, tensor in target.items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs in one process, by method."""
+    folder = tmp_path_factory.mktemp("reference")
+    done: dict[str, Any] = {}
+
+    def get(method: str) -> tuple[Path, list[dict[str, Any]]]:
+        if method not in done:
+            config = make_config(tiny_model_dir, folder / method, *COMMON, f"training.method={method}")
+            done[method] = (folder / method, run_in_process(config, ROWS))
+        return done[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (2, ["training.strategy=ddp"]),
+        (4, ["training.strategy=ddp"]),
+        (2, ["training.strategy=fsdp"]),
+        (4, ["training.strategy=fsdp"]),
+        (2, ["training.strategy=fsdp", "fsdp.reshard_after_forward=false"]),
+        (2, ["training.strategy=fsdp", "training.gradient_checkpointing=true"]),
+    ],
+    ids=lambda value: "-".join(part.rpartition(".")[2] for part in value) if isinstance(value, list) else str(value),
+)
+def test_ranks_take_the_steps_of_one_process(
+    pool: Ranks, reference: Any, tiny_model_dir: Path, tmp_path: Path, world_size: int, options: list[str], method: str
+) -> None:
+    """Uneven counts of labels a rank, accumulation, clipping and short last batches included."""
+    settings = [*COMMON, *options, f"training.method={method}", f"cluster.num_workers={world_size}"]
+    config = make_config(tiny_model_dir, tmp_path, *settings)
+    lines = pool.run(world_size, train_rank, config, ROWS)[0]
+    _assert_same_run(tmp_path, lines, *reference(method))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_of_some_ranks_goes_on_with_others(
+    pool: Ranks, reference: Any, tiny_model_dir: Path, tmp_path: Path, method: str
+) -> None:
+    """Four ranks of FSDP, then two, then DDP, then one process."""
+    options = [*COMMON, f"training.method={method}"]
+    stages = [("fsdp", 4, 6), ("fsdp", 2, 11), ("ddp", 2, 16), ("single", 1, None)]
+    lines: list[dict[str, Any]] = []
+    for strategy, world_size, until in stages:
+        stop = [f"training.max_steps={until}"] if until else []
+        settings = [*options, *stop, f"training.strategy={strategy}", f"cluster.num_workers={world_size}"]
+        # A shorter run would have a steeper schedule: a constant rate has none.
+        config = make_config(tiny_model_dir, tmp_path, *settings, "schedule.name=constant")
+        newest = newest_checkpoint(tmp_path / "checkpoints")
+        start = int(newest.name.removeprefix("step-")) if newest else 0
+        if world_size == 1:
+            lines = run_in_process(config, ROWS, start_from=newest, start=start)
+        else:
+            lines = pool.run(world_size, train_rank, config, ROWS, start, newest)[0]
+    whole = make_config(tiny_model_dir, tmp_path / "whole", *options, "schedule.name=constant")
+    _assert_same_run(tmp_path, lines, tmp_path / "whole", run_in_process(whole, ROWS))
+
+
+def test_resuming_is_bit_for_bit(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
+    settings = [*COMMON, "training.strategy=fsdp", "cluster.num_workers=2", "checkpoint.interval_steps=7"]
+    settings += ["training.method=lora", "lora.dropout=0.1", "checkpoint.keep_last=9"]
+    whole = make_config(tiny_model_dir, tmp_path, *settings)
+    first = pool.run(2, train_rank, whole, ROWS)[0]
+    state = _state(tmp_path)
+    again = pool.run(2, train_rank, whole, ROWS, 7, tmp_path / "checkpoints" / "step-00000007")[0]
+    assert np.array_equal(_curve(again), _curve(first))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in _state(tmp_path).items())
+
+
+def test_evaluation_with_unequal_numbers_of_batches(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A rank of FSDP that has fewer batches takes part in the others' forwards; DDP's ranks run alone."""
+    found = []
+    for strategy in ("ddp", "fsdp"):
+        settings = [f"training.strategy={strategy}", "cluster.num_workers=2", "data.eval=unused.json"]
+        config = make_config(tiny_model_dir, tmp_path / strategy, *settings, "training.max_steps=1")
+        lines = pool.run(2, train_rank, config, ROWS)[0]
+        found.append(next(line for line in lines if "eval/loss" in line))
+    assert found[0]["eval/loss"] == pytest.approx(found[1]["eval/loss"], rel=1e-5)
+    assert found[0]["eval/loss_tokens"] == found[1]["eval/loss_tokens"]
+
+
+def test_a_rank_holds_its_part_only(pool: Ranks, tiny_model_dir: Path) -> None:
+    shares = pool.run(2, _held, str(tiny_model_dir))
+    for parameters, state, whole in shares:
+        assert parameters == pytest.approx(whole / 2, rel=0.02)
+        assert state == pytest.approx(2 * whole / 2, rel=0.02)
+
+
+def _held(rank: int, world_size: int, model_dir: str) -> tuple[int, int, int]:
+    """Elements of weights and optimizer state on this rank, and of the whole model."""
+    strategy = _stepped(model_dir)
+    local = sum(parameter.to_local().numel() for _, parameter in strategy.module.trainable())
+    states = [v for slots in strategy.optimizer.state.values() for v in slots.values() if v.ndim]
+    whole = sum(parameter.numel() for _, parameter in strategy.module.trainable())
+    return local, sum(value.to_local().numel() for value in states), whole
+
+
+def _stepped(model_dir: str) -> Any:
+    from raylm.config.sections import ModelSection
+    from raylm.config.training import FsdpSection, OptimizerSection
+    from raylm.models.load import load_model
+    from raylm.optim.build import build_optimizer
+    from raylm.training.batch import batch_of
+    from raylm.training.loop import train_step
+    from raylm.training.module import LossModule
+    from raylm.training.strategies.fsdp import FsdpStrategy
+
+    device = torch.device("cpu")
+    module = LossModule(load_model(ModelSection(path=model_dir), device))
+    strategy = FsdpStrategy(module, lambda named: build_optimizer(named, OptimizerSection()), device, FsdpSection())
+    batch = batch_of([np.arange(9, dtype=np.int32)], [np.ones(9, bool)])
+    train_step(strategy, [batch], max_grad_norm=1.0, precision="fp32", step=1)
+    return strategy
+
+
+def test_offloading_needs_a_gpu(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
+    settings = ["training.strategy=fsdp", "cluster.num_workers=2", "fsdp.cpu_offload=true"]
+    with pytest.raises(ConfigError, match="on the CPU already"):
+        pool.run(2, train_rank, make_config(tiny_model_dir, tmp_path, *settings), ROWS)
+
+
+def test_the_export_of_a_sharded_run_is_its_last_checkpoint(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
+    settings = ["training.strategy=fsdp", "cluster.num_workers=2", "export.enabled=true", "export.dtype=fp32"]
+    pool.run(2, train_rank, make_config(tiny_model_dir, tmp_path, *settings), ROWS)
+    exported, state = load_file(tmp_path / "export" / "model.safetensors"), _state(tmp_path)
+    weights = {name.removeprefix("model/"): value for name, value in state.items() if name.startswith("model/")}
+    assert weights.keys() == exported.keys()
+    assert all(torch.equal(exported[name], value) for name, value in weights.items())
