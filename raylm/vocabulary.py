@@ -36,7 +36,7 @@ class VocabularyResult:
 
 
 def run_extension(config: VocabularyConfig) -> VocabularyResult:
-    """Extends a tokenizer and its model and writes both. All faults but those of rows are found before weights load.
+    """Extends a tokenizer and its model and writes both. Weights are loaded when all else is known to fit.
 
     Raises RaylmError.
     """

@@ -57,6 +57,26 @@ def test_the_merged_model_is_the_live_one_whatever_rows_the_base_has(tmp_path: P
     assert new_rows(merged.config) == range(last - 2, last + 1)
 
 
+def test_an_adapter_that_saved_whole_matrices_merges_too(tmp_path: Path) -> None:
+    """A06, as other tools save it."""
+    from peft import LoraConfig, get_peft_model
+
+    _adapter(tmp_path, tied=False)
+    model = load_model(ModelSection(path=str(tmp_path / "extended")), torch.device("cpu"))
+    live = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    )
+    torch.manual_seed(2)
+    for parameter in live.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    export_adapter(live, load_tokenizer(str(tmp_path / "extended")), tmp_path / "whole")
+    raylm.merge_adapter(tmp_path / "whole", tmp_path / "out", base=str(tmp_path / "base"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    last = merged.config.vocab_size - 1
+    torch.testing.assert_close(_logits(merged, last), _logits(live, last), rtol=1e-4, atol=1e-4)
+
+
 def test_rows_that_are_nowhere_are_named(tmp_path: Path) -> None:
     _adapter(tmp_path, tied=True, new=False)
     with pytest.raises(ModelError, match=r"does not hold the rows from 287 on, which .*base lacks"):

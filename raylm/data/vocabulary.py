@@ -42,10 +42,7 @@ class VocabularyExtension:
     """A tokenizer and the tokens that are added to it."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        """tokenizer: a transformers fast tokenizer, which is changed; name: of the model, for messages.
-
-        Raises ModelError for a tokenizer that has two tokens of one id.
-        """
+        """tokenizer: a transformers fast tokenizer, which is changed; name: of the model, for messages."""
         self.tokenizer, self._name = tokenizer, name
         self.backend = tokenizer.backend_tokenizer
         self.backend.no_padding()

@@ -70,12 +70,12 @@ def load_adapted(section: ModelSection, adapter: Path, *, num_tokens: int) -> An
     """
     from peft import PeftConfig, PeftModel
 
-    trained = PeftConfig.from_pretrained(str(adapter)).trainable_token_indices or {}
+    peft_config = PeftConfig.from_pretrained(str(adapter))
     model = load_model(section, torch.device("cpu"))
     num_rows = model.get_input_embeddings().weight.shape[0]
     if num_tokens > num_rows:
         added = range(num_rows, num_tokens)
-        if not all(set(added) <= set(trained.get(name, ())) for name in _row_layers(model)):
+        if not all(set(added) <= held for held in _rows_in(peft_config, _row_layers(model), num_tokens)):
             raise ModelError(
                 str(adapter),
                 f"was trained with {num_tokens} tokens and does not hold the rows from {num_rows} on, which "
@@ -89,6 +89,18 @@ def load_adapted(section: ModelSection, adapter: Path, *, num_tokens: int) -> An
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(str(adapter), f"does not fit {section.path}: {reason}", "Name the base it is of.") from None
+
+
+def _rows_in(peft_config: Any, layers: list[str], num_tokens: int) -> list[set[int]]:
+    """The rows of each layer that an adapter holds: some (a list is of the embedding), or all as a saved module."""
+    listed = getattr(peft_config, "trainable_token_indices", None) or {}
+    rows = {layers[0]: listed} if isinstance(listed, list) else listed
+    whole = getattr(peft_config, "modules_to_save", None) or ()
+    held = []
+    for layer in layers:
+        found = {number for name, numbers in rows.items() if layer.endswith(name) for number in numbers}
+        held.append(set(range(num_tokens)) if any(layer.endswith(name) for name in whole) else found)
+    return held
 
 
 def check_new_rows(model_config: Any, name: str) -> range:
@@ -125,7 +137,7 @@ def _row_layers(model: Any) -> list[str]:
         raise ModelError(
             model.name_or_path,
             "its output layer has a bias, with which new rows cannot be trained alone.",
-            "Set training.method=full.",
+            "Set training.method=full, or lora.new_rows=false.",
         )
     layers = [embedding] if head.weight is embedding.weight else [embedding, head]
     return [name for layer in layers for name, module in model.named_modules() if module is layer]

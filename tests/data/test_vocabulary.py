@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raylm.data.encode import Encoder, Tokens
+from raylm.data.templates import Segment
 from raylm.data.tokenizer import load_tokenizer
 from raylm.data.vocabulary import VocabularyExtension
 from raylm.errors import DataError, ModelError
@@ -201,6 +203,37 @@ def test_given_tokens_are_one_id_wherever_they_stand(name: str, tmp_path: Path) 
         assert token.id in _spelt(extended.new, f"the {token.text}s")
         assert token.parts == tuple(_spelt(extended.old, token.text))
     extended.check("the whales sing")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from([*"whales 猫と4,. ", "the", " whales", "🙂"]), min_size=1).map("".join))
+def test_loss_masks_find_the_answer_among_new_pieces(extended: Extended, answer: str) -> None:
+    """D01."""
+    end = str(extended.new.eos_token)
+    encoder = Encoder(extended.new)
+    assert encoder.counts_bytes is not bool(extended.old.backend_tokenizer.model.byte_fallback)
+    (row,) = encoder.encode([[Segment("the whales:\n", False), Segment(f"{answer}{end}", True)]])
+    assert isinstance(row, Tokens)
+    said = extended.new.decode(row.input_ids[row.loss_mask], clean_up_tokenization_spaces=False)
+    assert said.strip() == f"{answer}{end}".strip()
+    assert row.straddling == 0
+
+
+def test_given_tokens_go_into_a_unigram_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz")]
+    backend = Tokenizer(models.Unigram(pieces, 0, False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    extension = VocabularyExtension(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), "m")
+    before = extension.backend.encode("a whale").ids
+    extension.add_tokens(["blowhole"], special=False)
+    extension.save(tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert _spelt(again, "a whale") == before
+    assert again.convert_ids_to_tokens(_spelt(again, "ablowhole"))[-1] == "blowhole"
+    assert [again.convert_ids_to_tokens(part) for part in extension.added[0].parts] == ["▁", *"blowhole"]
 
 
 def test_extending_twice(tmp_path: Path) -> None:
