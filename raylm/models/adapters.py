@@ -144,6 +144,14 @@ def _row_layers(model: Any) -> list[str]:
 
 
 def _check_targets(model: Any, names: tuple[str, ...]) -> None:
+    head = model.get_output_embeddings()
+    output = next((name for name, module in model.named_modules() if module is head), "")
+    if any(output == target or output.endswith(f".{target}") for target in names):
+        raise ModelError(
+            "lora.target_modules",
+            f"{output} is the output layer, which the loss runs without adapters.",
+            "Leave it out; training.method=full trains it.",
+        )
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     missing = [target for target in names if not any(n == target or n.endswith(f".{target}") for n in linear)]
     if missing:

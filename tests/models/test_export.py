@@ -97,6 +97,8 @@ def test_lora_targets_that_match_nothing_are_named(tiny_model_dir: Path) -> None
     """A10."""
     with pytest.raises(ModelError, match="W_pack match no linear module of the model"):
         add_lora(_load(tiny_model_dir), LoraSection(target_modules=("q_proj", "W_pack")), seed=0)
+    with pytest.raises(ModelError, match="lm_head is the output layer"):  # it would stay untrained without a word
+        add_lora(_load(tiny_model_dir), LoraSection(target_modules=("q_proj", "lm_head")), seed=0)
 
 
 def test_rows_longer_than_the_model_are_refused(tiny_model_dir: Path) -> None:
