@@ -13,9 +13,9 @@ ExportDtype = Literal["auto", "bf16", "fp16", "fp32"]
 class TrainingSection(Section):
     """The step and how often it is taken."""
 
-    method: Literal["full", "lora", "new_rows"] = "full"
-    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `new_rows` only the rows of the
-    embedding and output layer that `raylm vocab extend` added."""
+    method: Literal["full", "lora", "lisa", "new_rows"] = "full"
+    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `lisa` a few decoder blocks at a
+    time (section `lisa`), `new_rows` only the rows of embedding and output layer that `raylm vocab extend` added."""
     strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
     """How ranks share the work; `auto` is `single` for one worker and `ddp` for more. `fsdp` gives each rank a part of
     the weights, gradients and optimizer state (section `fsdp`)."""
@@ -87,6 +87,31 @@ class LoraSection(Section):
     new_rows: bool = True
     """Train and save the rows that `raylm vocab extend` added as well, where the model has such. Off, tokens that are
     new are never learnt."""
+
+
+class LisaSection(Section):
+    """Layerwise importance sampled training (arXiv:2403.17919). Used when `training.method` is `lisa`."""
+
+    num_active_layers: int = Field(2, ge=1)
+    """Decoder blocks trained at a time."""
+    interval_steps: int = Field(20, ge=1)
+    """Optimizer steps after which other blocks are drawn."""
+    layer_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """How likely each block is to be drawn, relative to the others; all alike where it is not given."""
+    always_active: tuple[Literal["embeddings", "head", "final_norm"], ...] = ("embeddings", "head", "final_norm")
+    """What is trained in every interval besides the blocks; a tied embedding and head are one matrix."""
+    keep_state: bool = False
+    """Park the optimizer state of blocks that are frozen in host memory until their next turn. Off, it is freed."""
+
+    @model_validator(mode="after")
+    def enough_layers_can_be_drawn(self) -> Self:
+        if self.layer_weights is not None:
+            likely = sum(weight > 0 for weight in self.layer_weights)
+            if likely < self.num_active_layers:
+                raise ValueError(
+                    f"layer_weights has {likely} values above 0, fewer than num_active_layers={self.num_active_layers}"
+                )
+        return self
 
 
 class FsdpSection(Section):

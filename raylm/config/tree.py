@@ -11,6 +11,7 @@ from raylm.config.training import (
     CheckpointSection,
     ExportSection,
     FsdpSection,
+    LisaSection,
     LoraSection,
     MetricsSection,
     OptimizerSection,
@@ -29,6 +30,7 @@ class TrainConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     lora: LoraSection | None = None
+    lisa: LisaSection | None = None
     fsdp: FsdpSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
@@ -63,6 +65,14 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def lisa_settings_go_with_the_lisa_method(self) -> Self:
+        if self.lisa is not None and self.training.method != "lisa":
+            raise ValueError(
+                f"section lisa excludes training.method={self.training.method}. Set training.method=lisa, or drop lisa"
+            )
+        return self
+
+    @model_validator(mode="after")
     def fsdp_settings_go_with_the_fsdp_strategy(self) -> Self:
         if self.fsdp is not None and self.training.strategy != "fsdp":
             raise ValueError(
@@ -87,6 +97,11 @@ class TrainConfig(Section):
     def lora_or_default(self) -> LoraSection:
         """The LoRA settings in force when `training.method` is `lora`."""
         return self.lora or LoraSection()
+
+    @property
+    def lisa_or_default(self) -> LisaSection:
+        """The LISA settings in force when `training.method` is `lisa`."""
+        return self.lisa or LisaSection()
 
     @property
     def fsdp_or_default(self) -> FsdpSection:

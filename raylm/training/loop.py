@@ -5,7 +5,7 @@ Called by Ray Train workers, by unit tests and by a profiler alike.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -77,10 +77,17 @@ class Hooks(Protocol):
 
 
 def run_loop(
-    strategy: Strategy, steps: Iterable[Sequence[Batch]], settings: LoopSettings, hooks: Hooks, *, start_step: int = 0
+    strategy: Strategy,
+    steps: Iterable[Sequence[Batch]],
+    settings: LoopSettings,
+    hooks: Hooks,
+    *,
+    start_step: int = 0,
+    before_step: Callable[[int], None] | None = None,
 ) -> None:
     """Trains from `start_step` to the end. steps: this rank's micro-batches of each global batch, in order.
 
+    before_step: called on every rank with the number of the step (0-based) that is about to be taken.
     Raises TrainingError before the update when loss or gradient is not finite.
     """
     base_rates = [group["lr"] for group in strategy.optimizer.param_groups]
@@ -90,6 +97,8 @@ def run_loop(
         started = time.perf_counter()
         micro_batches = next(iterator)
         data_seconds = time.perf_counter() - started
+        if before_step is not None:
+            before_step(step)
         factor = learning_rate_factor(settings.schedule, step, settings.num_steps)
         for group, rate in zip(strategy.optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * factor
@@ -133,8 +142,7 @@ def train_step(
             f"the loss is {mean_loss} and the gradient norm {grad_norm}; the weights were not updated.",
             "Lower optimizer.learning_rate, or look for damaged rows in the data.",
         )
-    strategy.optimizer.step()
-    strategy.optimizer.zero_grad(set_to_none=True)
+    strategy.optimizer_step()
     return mean_loss, grad_norm, tokens, loss_tokens
 
 

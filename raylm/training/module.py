@@ -26,6 +26,7 @@ class LossModule(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats over the batch's labels, 0-d fp32."""
@@ -35,8 +36,11 @@ class LossModule(nn.Module):
         return next_token_loss(hidden, weight, bias, batch.labels)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Names, without this wrapper's own prefix, and parameters that require gradients."""
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        """Names, without this wrapper's own prefix, and parameters that required gradients when it was made.
+
+        Some may be frozen for the moment (lisa.py).
+        """
+        return [(name, p) for name, p in self.model.named_parameters() if name in self._trainable]
 
     def _hidden(self, causal: Any, batch: Batch) -> Tensor:
         decoder = getattr(causal, causal.base_model_prefix)

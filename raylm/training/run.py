@@ -139,12 +139,15 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.models.folder import as_folder
     from raylm.models.load import check_max_seq_len, load_config
     from raylm.optim.build import check_optimizer
+    from raylm.training.lisa import check_lisa
 
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
     check_optimizer(config.optimizer)
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)
+    if config.training.method == "lisa":
+        check_lisa(config.lisa_or_default, model_config)
     if config.training.method == "new_rows":
         check_new_rows(model_config, section.path)
     source = TokenizerSource(
@@ -234,6 +237,7 @@ def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, 
         "training.global_batch_size": tree["training"]["global_batch_size"],
         "optimizer": tree["optimizer"],
         "schedule": tree["schedule"],
+        "lisa": config.lisa_or_default.model_dump(mode="json") if config.training.method == "lisa" else None,
         "lora": config.lora_or_default.model_dump(mode="json") if config.training.method == "lora" else None,
         "data (its rows)": hashlib.sha256(store.lengths.tobytes() + str(report.loss_tokens).encode()).hexdigest(),
     }

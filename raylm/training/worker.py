@@ -29,6 +29,7 @@ from raylm.training.checkpoint import (
     save_checkpoint,
 )
 from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
+from raylm.training.lisa import Lisa
 from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
 from raylm.training.metrics import EventsWriter, MetricsWriter
 from raylm.training.module import LossModule, check_model
@@ -103,6 +104,7 @@ def run_worker(
             ),
             hooks,
             start_step=start_step,
+            before_step=_switching(config, strategy, start_step) if config.training.method == "lisa" else None,
         )
     finally:
         hooks.close()
@@ -110,6 +112,20 @@ def run_worker(
         assert events is not None
         events.write("exporting")
         _export(job, module.model if strategy.holds_whole_weights else _rebuilt(job), tokenizer, end_token)
+
+
+def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Callable[[int], None]:
+    """What LISA does before a step; the first one of a run may lie within an interval."""
+    section, module = config.lisa_or_default, strategy.module
+    lisa = Lisa(section, module.model, module.trainable(), seed=config.run.seed)
+
+    def switch(step: int) -> None:
+        if step == start_step or lisa.begins_interval(step):
+            interval = lisa.interval_of(step)
+            strategy.train_only(lisa.names(interval), keep_state=section.keep_state)
+            logger.info("step %d: LISA trains blocks %s", step + 1, ", ".join(map(str, lisa.layers(interval))))
+
+    return switch
 
 
 def steps_of(
@@ -268,7 +284,7 @@ def _export(job: WorkerJob, model: Any, tokenizer: Any, end_token: str | None) -
     dtype = storage_dtype(config.export.dtype, _stored_config(config))
     if config.training.method == "lora":
         export_adapter(model, tokenizer, job.run.adapter)
-    if config.training.method != "full":
+    if config.training.method in ("lora", "new_rows"):
         model = merged(model)
     export_model(model, tokenizer, job.run.export, dtype=dtype, end_token=end_token)
 

@@ -16,6 +16,11 @@ from tests.training.support import Rows, make_config, run_in_process
 
 ROWS = Rows(60)
 COMMON = ("training.num_epochs=5", "optimizer.learning_rate=1e-3", "optimizer.max_grad_norm=0.5")
+METHODS = {
+    "full": ["training.method=full"],
+    "lora": ["training.method=lora"],
+    "lisa": ["training.method=lisa", "lisa.num_active_layers=1", "lisa.interval_steps=4"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +59,14 @@ def reference(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     def get(method: str) -> tuple[Path, list[dict[str, Any]]]:
         if method not in done:
-            config = make_config(tiny_model_dir, folder / method, *COMMON, f"training.method={method}")
+            config = make_config(tiny_model_dir, folder / method, *COMMON, *METHODS[method])
             done[method] = (folder / method, run_in_process(config, ROWS))
         return done[method]
 
     return get
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "lisa"])
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
@@ -78,18 +83,18 @@ def test_ranks_take_the_steps_of_one_process(
     pool: Ranks, reference: Any, tiny_model_dir: Path, tmp_path: Path, world_size: int, options: list[str], method: str
 ) -> None:
     """Uneven counts of labels a rank, accumulation, clipping and short last batches included."""
-    settings = [*COMMON, *options, f"training.method={method}", f"cluster.num_workers={world_size}"]
+    settings = [*COMMON, *options, *METHODS[method], f"cluster.num_workers={world_size}"]
     config = make_config(tiny_model_dir, tmp_path, *settings)
     lines = pool.run(world_size, train_rank, config, ROWS)[0]
     _assert_same_run(tmp_path, lines, *reference(method))
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "lisa"])
 def test_a_checkpoint_of_some_ranks_goes_on_with_others(
     pool: Ranks, reference: Any, tiny_model_dir: Path, tmp_path: Path, method: str
 ) -> None:
     """Four ranks of FSDP, then two, then DDP, then one process."""
-    options = [*COMMON, f"training.method={method}"]
+    options = [*COMMON, *METHODS[method]]
     stages = [("fsdp", 4, 6), ("fsdp", 2, 11), ("ddp", 2, 16), ("single", 1, None)]
     lines: list[dict[str, Any]] = []
     for strategy, world_size, until in stages:

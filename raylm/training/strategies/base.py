@@ -42,8 +42,19 @@ class Strategy(Protocol):
         """Scales the step's gradients to a global norm of at most max_norm; returns the norm before, 0-d."""
         ...
 
+    def optimizer_step(self) -> None:
+        """Updates the weights and drops the gradients."""
+        ...
+
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """The sum of every rank's value."""
+        ...
+
+    def train_only(self, names: frozenset[str], *, keep_state: bool) -> None:
+        """From now on trains these of the module's trainable parameters; the others keep every bit.
+
+        keep_state: park the optimizer state of the others in host memory; else it is freed. Called by all ranks.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -58,6 +69,25 @@ class Strategy(Protocol):
         ...
 
 
+def rest_optimizer(optimizer: Any, trainable: Sequence[tuple[str, nn.Parameter]], *, keep_state: bool) -> None:
+    """Frees or parks what an optimizer holds for parameters that are frozen, and fetches what it parked for the others.
+
+    Optimizers pass over parameters without a gradient, so parked state is not touched.
+    """
+    for _, parameter in trainable:
+        if parameter.requires_grad:
+            place = parameter.device
+        else:
+            parameter.grad, place = None, torch.device("cpu")
+            if not keep_state:
+                optimizer.state.pop(parameter, None)
+        slots = optimizer.state.get(parameter)
+        if keep_state and slots:
+            optimizer.state[parameter] = {
+                key: value.to(place) if isinstance(value, Tensor) else value for key, value in slots.items()
+            }
+
+
 class WholeState:
     """The parts that strategies with whole parameters on each rank have in common."""
 
@@ -70,6 +100,17 @@ class WholeState:
         """See Strategy."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def optimizer_step(self) -> None:
+        """See Strategy."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def train_only(self, names: frozenset[str], *, keep_state: bool) -> None:
+        """See Strategy."""
+        for name, parameter in self.module.trainable():
+            parameter.requires_grad_(name in names)
+        rest_optimizer(self.optimizer, self.module.trainable(), keep_state=keep_state)
 
     def state(self) -> dict[str, Tensor]:
         """See Strategy."""

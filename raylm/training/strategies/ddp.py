@@ -22,9 +22,17 @@ class DdpStrategy(WholeState):
         self.module, self.device = module, device
         self.optimizer = build_optimizer(module.trainable())
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._wrapped: Any = DistributedDataParallel(
-            module, device_ids=[device.index] if device.type == "cuda" else None
-        )
+        self._wrapped: Any = self._wrap(init_sync=True)
+
+    def _wrap(self, *, init_sync: bool) -> Any:
+        """init_sync: rank 0's weights for all."""
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.module, device_ids=devices, init_sync=init_sync)
+
+    def train_only(self, names: frozenset[str], *, keep_state: bool) -> None:
+        """See Strategy. DDP waits for a gradient of every parameter it was made with, so it is made anew."""
+        super().train_only(names, keep_state=keep_state)
+        self._wrapped = self._wrap(init_sync=False)
 
     def loss(self, batch: Batch) -> Tensor:
         """See Strategy."""

@@ -22,7 +22,7 @@ from raylm.models.blocks import decoder_blocks
 from raylm.training.batch import Batch
 from raylm.training.module import LossModule
 from raylm.training.state import collect_state, restore_state
-from raylm.training.strategies.base import BuildOptimizer
+from raylm.training.strategies.base import BuildOptimizer, rest_optimizer
 
 
 class FsdpStrategy:
@@ -71,11 +71,31 @@ class FsdpStrategy:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
+    def optimizer_step(self) -> None:
+        """See Strategy."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """See Strategy."""
         total = value.clone()
         dist.all_reduce(total)
         return total
+
+    def train_only(self, names: frozenset[str], *, keep_state: bool) -> None:
+        """See Strategy. FSDP has two parameters of each name, gathered and sharded: both learn of it."""
+        parts = [part for part in self.module.modules() if isinstance(part, FSDPModule)]
+        for part in parts:
+            part.unshard()
+        self._require(names)
+        for part in parts:
+            part.reshard()
+        self._require(names)
+        rest_optimizer(self.optimizer, self.module.trainable(), keep_state=keep_state)
+
+    def _require(self, names: frozenset[str]) -> None:
+        for name, parameter in self.module.trainable():
+            parameter.requires_grad_(name in names)
 
     def state(self) -> dict[str, Tensor]:
         """See Strategy. One tensor at a time is whole, on rank 0 kept on the CPU."""
