@@ -113,8 +113,8 @@ def run_raylm(folder: str, precision: str, steps: int, rows: int) -> dict[str, A
     )
     module = LossModule(load_model(ModelSection(path=folder), cpu))
     module.train()
-    optimizer = build_optimizer(module.trainable(), OptimizerSection(learning_rate=2e-5))
-    strategy = SingleStrategy(module, optimizer, cpu)
+    optimizer = OptimizerSection(learning_rate=2e-5)
+    strategy = SingleStrategy(module, lambda named: build_optimizer(named, optimizer), cpu)
     rates, losses, carrying = [], [], []
     for step in range(steps):
         batches = []

@@ -215,7 +215,7 @@ def _tokenized_by_ray_data(
 
     items = [{"number": number} for number in range(len(files))]
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    actors = cpus if total is None else min(cpus, -(-total // BYTES_PER_ACTOR))
+    actors = max(1, cpus if total is None else min(cpus, -(-total // BYTES_PER_ACTOR)))
     dataset = (
         ray.data.from_items(items, override_num_blocks=len(items))
         .map_batches(
@@ -232,12 +232,13 @@ def _tokenized_by_ray_data(
                 "section": section,
                 "source": source,
                 "tokenizer": tokenizer,
-                "num_threads": max(1, cpus // max(1, actors)),
+                "num_threads": max(1, cpus // actors),
             },
             batch_size=TOKENIZE_ROWS,
             batch_format="pyarrow",
             num_cpus=TOKENIZE_CPUS,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, actors)),
+            # All at once where their number is sure: Ray Data adds actors one by one, and not before the first is busy.
+            compute=ray.data.ActorPoolStrategy(min_size=1 if total is None else actors, max_size=actors),
         )
     )
     dataset.context.execution_options.preserve_order = True
