@@ -104,7 +104,7 @@ def _datasets_map(tokenizer: Any, conversations: list[Any]) -> tuple[int, float]
 
 
 class _Watch(threading.Thread):
-    """The most memory that this process, and any of its children, holds for itself, in MiB."""
+    """The most memory that this process, and any worker among its children, holds without what is shared, in MiB."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -114,15 +114,20 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         me = psutil.Process()
         while not self._done.wait(0.5):
-            self.driver = max(self.driver, me.memory_full_info().uss / 2**20)
+            self.driver = max(self.driver, _own_mib(me))
             for child in me.children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     if child.name().startswith("ray::"):
-                        self.worker = max(self.worker, child.memory_full_info().uss / 2**20)
+                        self.worker = max(self.worker, _own_mib(child))
 
     def stop(self) -> None:
         self._done.set()
         self.join()
+
+
+def _own_mib(process: psutil.Process) -> float:
+    memory = process.memory_info()  # pages of the object store are mapped as shared ones
+    return (memory.rss - memory.shared) / 2**20
 
 
 def _one_pass(folder: str, path: str, cache: str) -> dict[str, float]:

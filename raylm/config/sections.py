@@ -22,6 +22,25 @@ class RunSection(Section):
     """Delete a former run in `run.dir` first. Folders that hold no raylm run are never deleted."""
 
 
+class RopeSection(Section):
+    """Position interpolation: a context `factor` times longer than the model was trained on (docs/long-context.md)."""
+
+    type: Literal["linear", "ntk", "dynamic", "yarn", "llama3"]
+    """`linear` (arXiv:2306.15595), `ntk`, `dynamic` and `yarn` (arXiv:2309.00071), `llama3` (Llama 3.1)."""
+    factor: float = Field(gt=1)
+    """How many times longer."""
+    original_max_position_embeddings: Annotated[int, Field(ge=1)] | None = None
+    """Tokens the model was trained on; default: what its configuration says."""
+    beta_fast: float = Field(32.0, gt=0)
+    """yarn: dimensions that turn more often than this over the original context stay as they are."""
+    beta_slow: float = Field(1.0, gt=0)
+    """yarn: dimensions that turn less often than this are interpolated by the whole factor."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """llama3: wavelengths above the original context divided by this are interpolated by the whole factor."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """llama3: wavelengths below the original context divided by this stay as they are."""
+
+
 class ModelSection(Section):
     """The base model."""
 
@@ -31,6 +50,8 @@ class ModelSection(Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run the Python code that a model repository ships. Off unless you trust its author."""
+    rope: RopeSection | None = None
+    """Position interpolation. Without it the model's own scaling is kept."""
     attention: Attention = "auto"
     """How packed sequences attend: `auto` takes flash_attention_2 on a GPU that has it, else `segments` (SDPA one
     sequence at a time); `sdpa` and `eager` use a block-diagonal mask."""

@@ -57,6 +57,17 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def dynamic_positions_exclude_rows_of_several_sequences(self) -> Self:
+        rope = self.model.rope
+        several = self.data.packing or self.training.micro_batch_size > 1
+        if rope is not None and rope.type == "dynamic" and several:
+            raise ValueError(
+                "model.rope.type=dynamic excludes data.packing and training.micro_batch_size above 1: its frequencies "
+                "follow the longest sequence of a batch. Set data.packing=false and micro_batch_size=1, or use yarn"
+            )
+        return self
+
+    @model_validator(mode="after")
     def lora_settings_go_with_the_lora_method(self) -> Self:
         if self.lora is not None and self.training.method != "lora":
             raise ValueError(

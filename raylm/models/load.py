@@ -8,6 +8,7 @@ from raylm.config.sections import ModelSection
 from raylm.errors import ModelError
 from raylm.models.attention import resolve_attention
 from raylm.models.folder import as_folder, is_adapter
+from raylm.models.rope import max_positions, scale_rope
 
 
 def load_config(section: ModelSection) -> Any:
@@ -18,21 +19,24 @@ def load_config(section: ModelSection) -> Any:
     if is_adapter(folder):
         raise ModelError(section.path, "is an adapter, not a whole model.", "Give the model it was trained on.")
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(section.path, f"cannot be loaded: {_first_line(error)}", "Check model.path.") from None
+    if section.rope is not None:
+        scale_rope(config, section.rope, section.path)
+    return config
 
 
 def check_max_seq_len(section: ModelSection, model_config: Any, max_seq_len: int) -> None:
     """Raises ModelError when rows could be longer than the model's positions."""
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(model_config)
     if limit is not None and max_seq_len > limit:
         raise ModelError(
             "data.max_seq_len",
             f"{max_seq_len} is above the {limit} positions of {section.path}.",
-            f"Set data.max_seq_len={limit} or less.",
+            f"Set data.max_seq_len={limit} or less, or extend them with model.rope.",
         )
 
 
@@ -52,6 +56,8 @@ def load_as_stored(section: ModelSection) -> Any:
 def _load(section: ModelSection, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
+    if section.rope is not None:
+        options["config"] = load_config(section)
     try:
         return AutoModelForCausalLM.from_pretrained(
             as_folder(section.path, section.revision),

@@ -226,6 +226,7 @@ def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, 
     tree = config.model_dump(mode="json")
     identity = {
         "model.path": tree["model"]["path"],
+        "model.rope": tree["model"]["rope"],
         "run.seed": tree["run"]["seed"],
         "data.max_seq_len": tree["data"]["max_seq_len"],
         "data.packing": tree["data"]["packing"],
