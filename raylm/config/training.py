@@ -84,6 +84,16 @@ class LoraSection(Section):
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the linear modules to adapt; `all-linear` is all but the output layer."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilised, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Learn the lengths of the weights' columns apart from their directions (arXiv:2402.09353)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Other ranks for modules whose name a pattern matches at its end, such as `{"mlp.down_proj": 32}`."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other alphas in the same way."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained and saved whole beside the adapters, such as `norm`."""
     new_rows: bool = True
     """Train and save the rows that `raylm vocab extend` added as well, where the model has such. Off, tokens that are
     new are never learnt."""

@@ -7,6 +7,7 @@ output layer if it is another matrix, in each forward.
 
 import copy
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 def add_lora(model: Any, section: LoraSection, *, seed: int) -> Any:
     """The model with adapters in its linear modules; only they, and its new rows, require gradients.
 
-    Raises ModelError when a name in `lora.target_modules` matches no linear module.
+    Raises ModelError when a name in the section matches no module that can be meant.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -34,20 +35,29 @@ def add_lora(model: Any, section: LoraSection, *, seed: int) -> Any:
         logger.warning("lora.new_rows=false: the %d tokens that are new to this model will not be learnt", len(rows))
     if section.target_modules != "all-linear":
         _check_targets(model, section.target_modules)
+    _check_patterns(model, section)
     torch.manual_seed(seed)  # lora_A is drawn at random, alike on all ranks
     targets = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
     trained = {name: list(rows) for name in _row_layers(model)} if rows and section.new_rows else None
-    return get_peft_model(
+    adapted = get_peft_model(
         model,
         LoraConfig(
             r=section.rank,
             lora_alpha=section.alpha,
             lora_dropout=section.dropout,
             target_modules=targets,
+            use_rslora=section.use_rslora,
+            use_dora=section.use_dora,
+            rank_pattern=dict(section.rank_pattern),
+            alpha_pattern=dict(section.alpha_pattern),
+            modules_to_save=list(section.modules_to_save) or None,
             trainable_token_indices=trained,
             task_type="CAUSAL_LM",
         ),
     )
+    learns, total = adapted.get_nb_trainable_parameters()
+    logger.info("LoRA trains %s of %s parameters (%.2f %%)", f"{learns:,}", f"{total:,}", 100 * learns / total)
+    return adapted
 
 
 def add_new_rows(model: Any) -> Any:
@@ -141,6 +151,26 @@ def _row_layers(model: Any) -> list[str]:
         )
     layers = [embedding] if head.weight is embedding.weight else [embedding, head]
     return [name for layer in layers for name, module in model.named_modules() if module is layer]
+
+
+def _check_patterns(model: Any, section: LoraSection) -> None:
+    named = dict(model.named_modules())
+    linear = [name for name, module in named.items() if isinstance(module, torch.nn.Linear)]
+    for key, patterns in (("rank_pattern", section.rank_pattern), ("alpha_pattern", section.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in linear):
+                raise ModelError(f"lora.{key}", f"{pattern} matches no linear module of the model.")
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for target in section.modules_to_save:
+        found = [module for name, module in named.items() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise ModelError("lora.modules_to_save", f"{target} matches no module of the model.")
+        if tied and any(module in (model.get_input_embeddings(), model.get_output_embeddings()) for module in found):
+            raise ModelError(
+                "lora.modules_to_save",
+                f"{target} is tied: embedding and output layer are one matrix, which a copy would part.",
+                "Leave it out, or set training.method=full.",
+            )
 
 
 def _check_targets(model: Any, names: tuple[str, ...]) -> None:
