@@ -58,8 +58,22 @@ class OptimizerSection(Section):
     """Decoupled decay of matrices; norms and biases never decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's global norm is clipped to this."""
+    learning_rates: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Other peak rates for the parameters whose name holds a pattern, such as `{"embed_tokens": 1e-6}`; 0 freezes. `*`
+    stands for any text. The first pattern that a name holds counts."""
     options: dict[str, float | bool | str | tuple[float, ...]] = {}
     """Further arguments of the optimizer, under its own names, such as `betas` or `eps`."""
+
+
+class LossSection(Section):
+    """What training adds to the next-token loss; evaluation never does."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over the vocabulary (arXiv:1512.00567)."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log-normaliser of the softmax, which keeps logits from drifting (arXiv:2204.02311)."""
+    neftune_alpha: float = Field(0.0, ge=0)
+    """Noise on the embeddings: uniform within alpha / sqrt(tokens of the sequence x hidden size) (arXiv:2310.05914)."""
 
 
 class ScheduleSection(Section):

@@ -13,6 +13,7 @@ from raylm.config.training import (
     FsdpSection,
     LisaSection,
     LoraSection,
+    LossSection,
     MetricsSection,
     OptimizerSection,
     ScheduleSection,
@@ -29,6 +30,7 @@ class TrainConfig(Section):
     training: TrainingSection = TrainingSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    loss: LossSection = LossSection()
     lora: LoraSection | None = None
     lisa: LisaSection | None = None
     fsdp: FsdpSection | None = None

@@ -1,6 +1,7 @@
 """An optimizer over the trainable parameters of a model."""
 
 import difflib
+import fnmatch
 import importlib
 import inspect
 from collections.abc import Iterable
@@ -24,18 +25,32 @@ def check_optimizer(section: OptimizerSection) -> None:
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, Any]], section: OptimizerSection) -> Any:
-    """The optimizer with two groups: matrices, which decay, and norms and biases, which do not.
+    """The optimizer with a group for each learning rate, parted in matrices, which decay, and norms and biases, which
+    do not.
 
-    named_parameters: those that require gradients. Every one is in exactly one group.
+    named_parameters: those that require gradients. Every one is in exactly one group. Raises ConfigError for a pattern
+    of `learning_rates` that no name holds.
     """
     row = _row(section.name)
-    parameters = list(named_parameters)
-    groups = [
-        {"params": [p for _, p in parameters if p.ndim >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for _, p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    options = {**row.options, **section.options}
-    return _factory(row)([group for group in groups if group["params"]], lr=section.learning_rate, **options)
+    groups: dict[tuple[float, bool], list[Any]] = {}
+    unused = set(section.learning_rates)
+    for name, parameter in named_parameters:
+        held = [pattern for pattern in section.learning_rates if fnmatch.fnmatchcase(name, f"*{pattern}*")]
+        unused -= set(held)
+        rate = section.learning_rates[held[0]] if held else section.learning_rate
+        groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
+    if unused:
+        raise ConfigError("optimizer.learning_rates", f"no trainable parameter's name holds {sorted(unused)[0]!r}.")
+    # The default rate first, matrices before the rest: the first group's rate is the one that is shown.
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0] != section.learning_rate, not item[0][1]))
+    return _factory(row)(
+        [
+            {"params": members, "lr": rate, "weight_decay": section.weight_decay if decays else 0.0}
+            for (rate, decays), members in ordered
+        ],
+        lr=section.learning_rate,
+        **{**row.options, **section.options},
+    )
 
 
 def _row(name: str) -> OptimizerRow:

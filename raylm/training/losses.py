@@ -9,29 +9,47 @@ IGNORE_INDEX = -100
 
 
 def next_token_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk_tokens: int = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    chunk_tokens: int = 1024,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Summed cross-entropy in nats over the positions that carry loss; the caller divides by the global count.
 
     hidden: (tokens, hidden_size), already aligned with labels; weight: (vocab_size, hidden_size); bias: (vocab_size,).
     labels: (tokens,) int64, IGNORE_INDEX where there is no loss. Gradients are computed together with the loss,
     chunk_tokens positions at a time: no logits are kept, and peak memory is chunk_tokens x vocab_size x 4 bytes.
-    Under autocast the products run in its dtype; loss and softmax are fp32. Returns a 0-d fp32 tensor; 0, with a
-    gradient, when nothing carries loss.
+    label_smoothing: share of each target that is spread evenly over the vocabulary (arXiv:1512.00567, section 7).
+    z_loss: times the squared log of the softmax's normaliser is added to each position's loss (arXiv:2204.02311,
+    section 5). Under autocast the products run in its dtype; loss and softmax are fp32. Returns a 0-d fp32 tensor; 0,
+    with a gradient, when nothing carries loss.
     """
     carries = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    loss: Tensor = _FusedLoss.apply(hidden.index_select(0, carries), weight, bias, labels[carries], chunk_tokens, dtype)
+    options = (chunk_tokens, dtype, label_smoothing, z_loss)
+    loss: Tensor = _FusedLoss.apply(hidden.index_select(0, carries), weight, bias, labels[carries], *options)
     return loss
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Loss and gradients in one pass: d(logits) = softmax - onehot needs nothing that the backward pass brings."""
+    """Loss and gradients in one pass: d(logits) = softmax - target needs nothing that the backward pass brings."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        dtype: torch.dtype,
+        smoothing: float,
+        z_loss: float,
     ) -> Tensor:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         states, head = hidden.to(dtype), weight.to(dtype)
@@ -45,11 +63,19 @@ class _FusedLoss(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += (normaliser - logits.gather(1, target)).sum()
+            loss += normaliser.sum() - (1 - smoothing) * logits.gather(1, target).sum()
+            if smoothing:
+                loss -= smoothing * logits.mean(-1).sum()
+            if z_loss:
+                loss += z_loss * normaliser.square().sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
             delta = logits.sub_(normaliser).exp_()
-            delta.scatter_add_(1, target, delta.new_full((1, 1), -1.0).expand(len(target), 1))
+            if z_loss:
+                delta *= 1 + 2 * z_loss * normaliser
+            if smoothing:
+                delta -= smoothing / delta.shape[1]
+            delta.scatter_add_(1, target, delta.new_full((1, 1), smoothing - 1.0).expand(len(target), 1))
             if grad_bias is not None:
                 grad_bias += delta.sum(0)
             delta = delta.to(dtype)
@@ -71,4 +97,4 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = tuple(None if grad is None else grad.mul_(grad_output) for grad in ctx.grads)
         ctx.grads = None
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None, None)

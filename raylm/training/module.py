@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raylm.config.training import LossSection
 from raylm.errors import ModelError
 from raylm.models.adapters import base_of, output_layer
 from raylm.models.attention import packed_arguments
@@ -23,17 +24,34 @@ PROBE_TOLERANCE = 1e-3
 class LossModule(nn.Module):
     """A causal language model (or its PEFT form) with the next-token loss as its forward."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, extras: LossSection | None = None) -> None:
+        """extras: what the loss has besides in training mode."""
         super().__init__()
         self.model = model
+        self._extras = extras or LossSection()
+        if self._extras.neftune_alpha:
+            base_of(model).get_input_embeddings().register_forward_hook(self._with_noise)
         self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
 
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats over the batch's labels, 0-d fp32."""
         causal = base_of(self.model)
+        self._seq_lengths = batch.seq_lengths
         hidden = self._hidden(causal, batch)
         weight, bias = output_layer(causal)
-        return next_token_loss(hidden, weight, bias, batch.labels)
+        extras = self._extras if self.training else LossSection()
+        return next_token_loss(
+            hidden, weight, bias, batch.labels, label_smoothing=extras.label_smoothing, z_loss=extras.z_loss
+        )
+
+    def _with_noise(self, embedding: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+        """NEFTune. Source: arXiv:2310.05914, Algorithm 1, for each packed sequence by its own length."""
+        if not self.training:
+            return embedded
+        lengths = self._seq_lengths.to(embedded.device)
+        spread = self._extras.neftune_alpha / (lengths * embedded.shape[-1]).sqrt()
+        widths = torch.repeat_interleave(spread, lengths)[None, :, None]
+        return embedded + (torch.rand_like(embedded) * 2 - 1) * widths.to(embedded.dtype)
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names, without this wrapper's own prefix, and parameters that required gradients when it was made.

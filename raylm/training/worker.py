@@ -78,7 +78,7 @@ def run_worker(
     precision = resolve_precision(config.training.precision, device)
     model = load_model(config.model, device)
     tokenizer, end_token = _tokenizer_and_end(config)
-    module = LossModule(_prepared(model, config))
+    module = LossModule(_prepared(model, config), config.loss)
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
     strategy: Strategy = strategy_class(config.strategy)(

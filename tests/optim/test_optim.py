@@ -40,6 +40,22 @@ def test_norms_and_biases_do_not_decay() -> None:
     }
 
 
+def test_patterns_choose_learning_rates() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.RMSNorm(4), torch.nn.Embedding(5, 4))
+    section = OptimizerSection(learning_rate=1.0, weight_decay=0.1, learning_rates={"0.*as": 0.5, "0": 0.25, "2": 0.0})
+    optimizer = build_optimizer(model.named_parameters(), section)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert {name: found[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": (0.25, 0.1),
+        "0.bias": (0.5, 0.0),  # the first pattern counts
+        "1.weight": (1.0, 0.0),
+        "2.weight": (0.0, 0.1),
+    }
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    with pytest.raises(ConfigError, match=r"no trainable parameter's name holds 'lm_hed'"):
+        build_optimizer(model.named_parameters(), OptimizerSection(learning_rates={"lm_hed": 1e-3}))
+
+
 def test_unknown_optimizers_and_options_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'adam' is not an optimizer\. Did you mean adamw\?"):
         check_optimizer(OptimizerSection(name="adam"))

@@ -23,6 +23,25 @@ def test_loss_and_gradients_equal_plain_cross_entropy(chunk: int, with_bias: boo
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 1e-1)])
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_smoothing_and_z_loss_equal_their_formulas(smoothing: float, z_loss: float, chunk: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(16, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([3, IGNORE_INDEX, 0, 15, 7, 2, IGNORE_INDEX])
+    logits = linear(hidden, weight, bias)
+    reference = cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    reference = reference + z_loss * torch.logsumexp(logits[labels != IGNORE_INDEX], -1).square().sum()
+    expected = torch.autograd.grad(reference, [hidden, weight, bias])
+    options = {"chunk_tokens": chunk, "label_smoothing": smoothing, "z_loss": z_loss}
+    loss = next_token_loss(hidden, weight, bias, labels, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, reference.float(), rtol=1e-6, atol=0)
+    for one, other in zip(torch.autograd.grad(loss, [hidden, weight, bias]), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_carries_loss() -> None:
     """D09: exactly 0, and gradients that are exactly 0."""
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
