@@ -121,6 +121,8 @@ def _train(options: Any) -> None:
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
         return
+    if result.stopped:
+        print(f"stopped         after step {result.steps}: {result.stopped}; training.resume=auto goes on")
     print(f"run directory   {result.run_dir}")
     if result.export_dir:
         print(f"model           {result.export_dir}")

@@ -36,6 +36,16 @@ class TrainingSection(Section):
     """`auto` continues from the newest complete checkpoint of `run.dir`; a path names one."""
     eval_interval_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; without it only at the end. Needs `data.eval`."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Evaluations without a lower loss after which the run ends. Needs `training.eval_interval_steps`."""
+    max_time_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which the run ends with a checkpoint and an export; they count from the call, data included."""
+
+    @model_validator(mode="after")
+    def early_stopping_needs_evaluations(self) -> Self:
+        if self.early_stopping_patience is not None and self.eval_interval_steps is None:
+            raise ValueError("early_stopping_patience needs training.eval_interval_steps. Set it, or drop the patience")
+        return self
 
     @model_validator(mode="after")
     def global_batch_is_a_multiple_of_micro_batch(self) -> Self:

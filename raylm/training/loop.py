@@ -16,6 +16,7 @@ from raylm.config.training import ScheduleSection
 from raylm.errors import TrainingError
 from raylm.optim.schedules import learning_rate_factor
 from raylm.training.batch import Batch, empty_batch
+from raylm.training.stopping import Stop
 from raylm.training.strategies.base import Strategy
 
 
@@ -71,6 +72,14 @@ class Hooks(Protocol):
         """At evaluation steps; None when there is nothing to evaluate on."""
         ...
 
+    def wants_stop(self) -> Stop:
+        """Before each step, on rank 0: whether the run should end after it."""
+        ...
+
+    def evaluated(self, result: EvalResult) -> Stop:
+        """After each evaluation, alike on all ranks: whether the run should end here."""
+        ...
+
     def save(self, step: int, evaluation: EvalResult | None) -> None:
         """At checkpoint steps."""
         ...
@@ -84,8 +93,10 @@ def run_loop(
     *,
     start_step: int = 0,
     before_step: Callable[[int], None] | None = None,
-) -> None:
-    """Trains from `start_step` to the end. steps: this rank's micro-batches of each global batch, in order.
+) -> Stop:
+    """Trains from `start_step` to the end, or until the hooks want a stop; returns why.
+
+    steps: this rank's micro-batches of each global batch, in order.
 
     before_step: called on every rank with the number of the step (0-based) that is about to be taken.
     Raises TrainingError before the update when loss or gradient is not finite.
@@ -99,6 +110,7 @@ def run_loop(
         data_seconds = time.perf_counter() - started
         if before_step is not None:
             before_step(step)
+        stop = _agreed(strategy, hooks)
         factor = learning_rate_factor(settings.schedule, step, settings.num_steps)
         for group, rate in zip(strategy.optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * factor
@@ -110,7 +122,16 @@ def run_loop(
         seconds = time.perf_counter() - started
         rate = base_rates[0] * factor
         hooks.step_done(StepResult(step + 1, loss, grad_norm, rate, tokens, loss_tokens, seconds, data_seconds))
-        _after_step(step + 1, settings, hooks)
+        stop = _after_step(step + 1, settings, hooks, stop)
+        if stop:
+            return stop
+    return Stop.NOT
+
+
+def _agreed(strategy: Strategy, hooks: Hooks) -> Stop:
+    """What rank 0 wants."""
+    wanted = hooks.wants_stop() if strategy.rank == 0 else Stop.NOT
+    return Stop(int(strategy.sum_over_ranks(torch.tensor(int(wanted), dtype=torch.int64, device=strategy.device))))
 
 
 def train_step(
@@ -175,11 +196,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def _after_step(step: int, settings: LoopSettings, hooks: Hooks) -> None:
+def _after_step(step: int, settings: LoopSettings, hooks: Hooks, stop: Stop) -> Stop:
     last = step == settings.num_steps
-    evaluation = hooks.evaluate(step) if last or _due(step, settings.eval_interval_steps) else None
-    if last or _due(step, settings.save_interval_steps):
+    evaluation = None
+    if (last or _due(step, settings.eval_interval_steps)) and stop != Stop.REQUESTED:
+        evaluation = hooks.evaluate(step)
+        if evaluation is not None:
+            stop = stop or hooks.evaluated(evaluation)
+    if last or stop or _due(step, settings.save_interval_steps):
         hooks.save(step, evaluation)
+    return Stop.NOT if last else stop
 
 
 def _due(step: int, interval: int | None) -> bool:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from raylm.training.checkpoint import check_identity, newest_checkpoint, read_me
 from raylm.training.metrics import EventsWriter, final_figures, plot_losses
 from raylm.training.progress import watch_run
 from raylm.training.run_dir import RunDir, locate_run_dir, open_run_dir
+from raylm.training.stopping import DESCRIPTIONS, Stop, stop_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ class TrainResult:
     export_dir: str | None
     adapter_dir: str | None
     steps: int
+    """Steps done; fewer than planned when the run was stopped."""
+    stopped: str | None
+    """Why the run ended before its last step; None when it did not."""
     metrics: dict[str, Any]
     data: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -47,6 +51,7 @@ def run_training(config: TrainConfig) -> TrainResult:
     starts or a model loads. Raises RaylmError.
     """
     clock = _Clock()
+    deadline = None if config.training.max_time_s is None else time.time() + config.training.max_time_s
     config = _with_absolute_paths(config)
     tokenizer_source = _check_before_start(config)
     run = open_run_dir(config)
@@ -60,18 +65,22 @@ def run_training(config: TrainConfig) -> TrainResult:
         events.write("tokenising")
         store, report, evaluation = _prepare_data(config, tokenizer_source, run)
         plan = _plan(config, store)
-        job = _job(config, run, plan, store, report)
+        job = replace(_job(config, run, plan, store, report), deadline=deadline)
         clock.lap("tokenise")
-        fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
+        with stop_on_sigterm(run.path):
+            fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
         clock.lap("train")
     plot_losses(run.path, run.path / "loss.png")
-    events.write("done")
-    lora = config.training.method == "lora" and config.export.enabled
+    stopped = run.stopped.read_text() if run.stopped.is_file() else None
+    events.write("stopped" if stopped else "done", **({"reason": stopped} if stopped else {}))
+    exported = config.export.enabled and stopped != DESCRIPTIONS[Stop.REQUESTED]
+    newest = newest_checkpoint(run.checkpoints)
     return TrainResult(
         run_dir=str(run.path),
-        export_dir=str(run.export) if config.export.enabled else None,
-        adapter_dir=str(run.adapter) if lora else None,
-        steps=plan.num_steps,
+        export_dir=str(run.export) if exported else None,
+        adapter_dir=str(run.adapter) if exported and config.training.method == "lora" else None,
+        steps=read_meta(newest).step if newest else plan.num_steps,
+        stopped=stopped,
         metrics=final_figures(run.path),
         data=report.summary(),
         seconds=clock.laps,

@@ -43,6 +43,11 @@ class RunDir:
         """What a worker stopped for, when it was the user's to mend."""
         return self.path / "failure.json"
 
+    @property
+    def stopped(self) -> Path:
+        """Why the run ended before its last step."""
+        return self.path / "stopped.txt"
+
 
 def locate_run_dir(config: TrainConfig) -> Path:
     """The absolute run directory. Raises RunDirError for a relative one inside a Ray job without a storage path:
@@ -90,6 +95,7 @@ def open_run_dir(config: TrainConfig) -> RunDir:
         partial.write_text(dump_yaml(config), encoding="utf-8")
         partial.rename(path / CONFIG_FILE)
         run.failure.unlink(missing_ok=True)
+        run.stopped.unlink(missing_ok=True)
     except OSError as error:
         raise RunDirError(str(path), f"cannot be written: {error.strerror}.", "Choose another run.dir.") from None
     return run

@@ -31,10 +31,11 @@ from raylm.training.checkpoint import (
 from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
 from raylm.training.lisa import Lisa
 from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
-from raylm.training.metrics import EventsWriter, MetricsWriter
+from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
 from raylm.training.module import LossModule, check_model
 from raylm.training.run_dir import RunDir
 from raylm.training.state import restore_weights
+from raylm.training.stopping import DESCRIPTIONS, Patience, Stop, Watch
 from raylm.training.strategies.base import Strategy
 from raylm.training.strategies.table import strategy_class
 
@@ -51,6 +52,8 @@ class WorkerJob:
     steps_per_epoch: tuple[int, ...]
     identity: dict[str, Any]
     start_from: Path | None
+    deadline: float | None = None
+    """When to stop, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def run_worker(
     start_step = _restore(job, strategy) if job.start_from else 0
     hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report)
     try:
-        run_loop(
+        stop = run_loop(
             strategy,
             steps_of(data.train(), micro_batches_per_step=config.gradient_accumulation_steps, start_step=start_step),
             LoopSettings(
@@ -108,7 +111,9 @@ def run_worker(
         )
     finally:
         hooks.close()
-    if rank == 0 and config.export.enabled:
+    if rank == 0 and stop:
+        job.run.stopped.write_text(DESCRIPTIONS[stop])
+    if rank == 0 and config.export.enabled and stop != Stop.REQUESTED:
         assert events is not None
         events.write("exporting")
         _export(job, module.model if strategy.holds_whole_weights else _rebuilt(job), tokenizer, end_token)
@@ -165,6 +170,9 @@ class _WorkerHooks:
         self._peak_flops = float(
             strategy.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=strategy.device))
         )
+        former = [line["eval/loss"] for line in read_metrics(job.run.path) if _is_former_evaluation(line, start_step)]
+        self._patience = Patience(job.config.training.early_stopping_patience, former)
+        self._watch = Watch(job.run.path, job.deadline)
         self._flops_per_token = 6 * matrix_parameters(strategy.module)
         self._announce("training", step=start_step, num_steps=job.num_steps, precision=precision)
 
@@ -201,6 +209,14 @@ class _WorkerHooks:
         self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
         return result
 
+    def wants_stop(self) -> Stop:
+        """See Hooks."""
+        return self._watch.reason()
+
+    def evaluated(self, result: EvalResult) -> Stop:
+        """See Hooks."""
+        return Stop.NO_IMPROVEMENT if self._patience.is_over(result.loss) else Stop.NOT
+
     def save(self, step: int, evaluation: EvalResult | None) -> None:
         """See Hooks."""
         self._announce("saving", step=step, num_steps=self._job.num_steps)
@@ -224,6 +240,10 @@ class _WorkerHooks:
     def _announce(self, phase: str, **details: Any) -> None:
         if self._events is not None:
             self._events.write(phase, **details)
+
+
+def _is_former_evaluation(line: dict[str, Any], start_step: int) -> bool:
+    return "eval/loss" in line and line["step"] <= start_step
 
 
 def epoch_at(steps_per_epoch: tuple[int, ...], step: int) -> float:

@@ -1,0 +1,87 @@
+"""Ends of a run before its last step: a time limit, a request from outside, an evaluation that no longer improves.
+
+Rank 0 looks at the clock and at the file that asks for an end; what it finds is told to all ranks with each step, so
+all stop after the same one. What the evaluations say is the same on every rank.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+STOP_FILE = "stop"
+
+
+class Stop(IntEnum):
+    """Why a run ends before its last step."""
+
+    NOT = 0
+    TIME_LIMIT = 1
+    REQUESTED = 2
+    NO_IMPROVEMENT = 3
+
+
+DESCRIPTIONS = {
+    Stop.TIME_LIMIT: "training.max_time_s is over",
+    Stop.REQUESTED: "it was asked to stop",
+    Stop.NO_IMPROVEMENT: "the evaluation no longer improves",
+}
+
+
+class Patience:
+    """Counts evaluations that were not better than the best one before them."""
+
+    def __init__(self, limit: int | None, former: Sequence[float] = ()) -> None:
+        """limit: evaluations without improvement that end a run, None for never; former: losses of a resumed run."""
+        self._limit, self._best, self._worse = limit, float("inf"), 0
+        for loss in former:
+            self.is_over(loss)
+
+    def is_over(self, loss: float) -> bool:
+        """Takes the loss of an evaluation in; True when it was one too many."""
+        self._worse = 0 if loss < self._best else self._worse + 1
+        self._best = min(self._best, loss)
+        return self._limit is not None and self._worse >= self._limit
+
+
+class Watch:
+    """What rank 0 looks at before each step."""
+
+    def __init__(self, run_dir: Path, deadline: float | None) -> None:
+        """deadline: in seconds since the epoch."""
+        self._file, self._deadline = run_dir / STOP_FILE, deadline
+
+    def reason(self) -> Stop:
+        """Whether the run should end after the step at hand."""
+        if self._file.exists():
+            return Stop.REQUESTED
+        if self._deadline is not None and time.time() >= self._deadline:
+            return Stop.TIME_LIMIT
+        return Stop.NOT
+
+
+@contextmanager
+def stop_on_sigterm(run_dir: Path) -> Iterator[None]:
+    """While the block runs, SIGTERM asks the run to stop after the step at hand; a second one ends the process.
+
+    Only the main thread can take signals; elsewhere nothing changes.
+    """
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.getsignal(signal.SIGTERM)
+
+    def ask(number: int, frame: Any) -> None:
+        (run_dir / STOP_FILE).touch()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
