@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import raylm
@@ -96,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("adapter", help="adapter folder, such as RUN/adapter")
     merge.add_argument("--output", required=True, help="folder for the model")
     merge.add_argument("--base", help="base model (default: the one the adapter names)")
+    checkpoints = _command(commands, "checkpoints", _checkpoints, "list the checkpoints of a run and verify them")
+    checkpoints.add_argument("run_dir", metavar="RUN", help="run directory")
     config = commands.add_parser("config", help="look at configurations").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -127,6 +130,22 @@ def _train(options: Any) -> None:
     if result.export_dir:
         print(f"model           {result.export_dir}")
         print(f"try it          raylm chat {result.export_dir}")
+
+
+def _checkpoints(options: Any) -> None:
+    from raylm.training.checkpoint import verify_checkpoints
+    from raylm.training.run_dir import RunDir
+
+    reports = verify_checkpoints(RunDir(Path(options.run_dir).expanduser()).checkpoints)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(report) for report in reports]))
+        return
+    for report in reports:
+        loss = "" if report.eval_loss is None else f"eval loss {report.eval_loss:.4f}"
+        state = report.problem or "verified"
+        print(f"step {report.step:>8}  {report.num_bytes / 2**20:>10.1f} MiB  {loss:18}  {state}")
+    if not reports:
+        print("none")
 
 
 def _serve(options: Any) -> None:

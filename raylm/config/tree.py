@@ -73,7 +73,8 @@ class TrainConfig(Section):
     def lora_settings_go_with_the_lora_method(self) -> Self:
         if self.lora is not None and self.training.method != "lora":
             raise ValueError(
-                f"section lora excludes training.method={self.training.method}. Set training.method=lora, or drop lora"
+                f"section lora excludes training.method={self.training.method}. "
+                "Set training.method=lora, or drop it: lora=null"
             )
         return self
 
@@ -81,7 +82,8 @@ class TrainConfig(Section):
     def lisa_settings_go_with_the_lisa_method(self) -> Self:
         if self.lisa is not None and self.training.method != "lisa":
             raise ValueError(
-                f"section lisa excludes training.method={self.training.method}. Set training.method=lisa, or drop lisa"
+                f"section lisa excludes training.method={self.training.method}. "
+                "Set training.method=lisa, or drop it: lisa=null"
             )
         return self
 
@@ -90,7 +92,7 @@ class TrainConfig(Section):
         if self.fsdp is not None and self.training.strategy != "fsdp":
             raise ValueError(
                 f"section fsdp excludes training.strategy={self.training.strategy}. "
-                "Set training.strategy=fsdp, or drop fsdp"
+                "Set training.strategy=fsdp, or drop it: fsdp=null"
             )
         return self
 

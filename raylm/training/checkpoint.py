@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from raylm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 STATE_FILE = "state.safetensors"
@@ -35,7 +36,7 @@ class CheckpointMeta:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def save_checkpoint(root: Path, state: Mapping[str, Tensor], meta: CheckpointMeta) -> Path:
+def save_checkpoint(root: Path, state: "Mapping[str, Tensor]", meta: CheckpointMeta) -> Path:
     """Writes `root`/step-N and returns it. Raises CheckpointError when the disk is full or not writable."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -77,6 +78,38 @@ def newest_checkpoint(root: Path) -> Path | None:
     return next(iter(reversed(list_checkpoints(root))), None)
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """One checkpoint of a run as `raylm checkpoints` shows it. problem: empty for one that can be resumed from."""
+
+    path: str
+    step: int
+    num_bytes: int
+    eval_loss: float | None
+    problem: str
+
+
+def verify_checkpoints(root: Path) -> list[CheckpointReport]:
+    """All checkpoints of a run, oldest first, each read whole and held against its digest.
+
+    Raises CheckpointError when the folder is not there.
+    """
+    if not root.is_dir():
+        raise CheckpointError(str(root), "there is no such folder.", "Give a run directory, such as runs/train.")
+    reports = []
+    for path in sorted(root.glob("step-*")):
+        num_bytes = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
+        step, loss, problem = int(path.name.removeprefix("step-")), None, ""
+        try:
+            meta = read_meta(path)
+            loss = meta.eval_loss
+            _check_digest(path, meta)
+        except CheckpointError as error:
+            problem = error.problem
+        reports.append(CheckpointReport(str(path), step, num_bytes, loss, problem))
+    return reports
+
+
 def read_meta(path: Path) -> CheckpointMeta:
     """The description of a checkpoint. Raises CheckpointError when it is missing, incomplete or of a newer raylm."""
     if not path.is_dir():
@@ -89,15 +122,19 @@ def read_meta(path: Path) -> CheckpointMeta:
     return CheckpointMeta(**raw)
 
 
-def load_state(path: Path, meta: CheckpointMeta) -> dict[str, Tensor]:
+def load_state(path: Path, meta: CheckpointMeta) -> "dict[str, Tensor]":
     """The tensors of a checkpoint on the CPU. Raises CheckpointError when the file is not what was written."""
     from safetensors.torch import load_file
 
+    _check_digest(path, meta)
+    return load_file(path / STATE_FILE)
+
+
+def _check_digest(path: Path, meta: CheckpointMeta) -> None:
     if _sha256(path / STATE_FILE) != meta.files[STATE_FILE]["sha256"]:
         raise CheckpointError(
             str(path), f"{STATE_FILE} is damaged: its SHA-256 differs.", "Delete the folder to use an older one."
         )
-    return load_file(path / STATE_FILE)
 
 
 def prune(root: Path, *, keep_last: int, keep_best: bool) -> None:

@@ -150,6 +150,8 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
 
+    if config.training.resume not in (None, "auto"):
+        read_meta(Path(str(config.training.resume)).expanduser().resolve())
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
     check_optimizer(config.optimizer)
     section = config.model

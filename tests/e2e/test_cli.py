@@ -38,6 +38,7 @@ def test_version_and_help() -> None:
         ["config", "show"],
         ["vocab", "extend"],
         ["adapter", "merge"],
+        ["checkpoints"],
     ):
         done = raylm(*command, "--help")
         assert done.returncode == 0

@@ -17,6 +17,7 @@ from raylm.training.checkpoint import (
     prune,
     read_meta,
     save_checkpoint,
+    verify_checkpoints,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,23 @@ def test_a_checkpoint_round_trips(tmp_path: Path) -> None:
     loaded = load_state(path, meta)
     assert all(torch.equal(loaded[name], STATE[name]) for name in STATE)
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_verifying_names_what_is_damaged(tmp_path: Path) -> None:
+    _save(tmp_path, 1, 0.5)
+    flipped, cut = _save(tmp_path, 2), _save(tmp_path, 3)
+    data = bytearray((flipped / STATE_FILE).read_bytes())
+    data[-1] ^= 1
+    (flipped / STATE_FILE).write_bytes(data)
+    (cut / STATE_FILE).write_bytes(bytes(data[:-1]))
+    found = [(report.step, report.eval_loss, report.problem) for report in verify_checkpoints(tmp_path)]
+    assert found == [
+        (1, 0.5, ""),
+        (2, None, "state.safetensors is damaged: its SHA-256 differs."),
+        (3, None, "is not a complete checkpoint."),
+    ]
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        verify_checkpoints(tmp_path / "none")
 
 
 def test_incomplete_checkpoints_are_never_the_newest(tmp_path: Path) -> None:
