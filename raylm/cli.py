@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--base", help="base model (default: the one the adapter names)")
     checkpoints = _command(commands, "checkpoints", _checkpoints, "list the checkpoints of a run and verify them")
     checkpoints.add_argument("run_dir", metavar="RUN", help="run directory")
+    runs = _command(commands, "runs", _runs, "list the runs under a folder, and the settings in which they differ")
+    runs.add_argument("folder", nargs="?", default="runs", help="default: runs")
     config = commands.add_parser("config", help="look at configurations").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -146,6 +148,22 @@ def _checkpoints(options: Any) -> None:
         print(f"step {report.step:>8}  {report.num_bytes / 2**20:>10.1f} MiB  {loss:18}  {state}")
     if not reports:
         print("none")
+
+
+def _runs(options: Any) -> None:
+    from raylm.training.runs import compare_runs, summarise_runs, table_lines
+
+    folder = Path(options.folder).expanduser()
+    summaries = summarise_runs(folder)
+    differences = compare_runs(
+        [folder / summary.run if summary.run != folder.name else folder for summary in summaries]
+    )
+    if options.json:
+        print(json.dumps({"runs": [dataclasses.asdict(run) for run in summaries], "differences": differences}))
+        return
+    print("\n".join(table_lines(summaries)))
+    for key, values in differences.items():
+        print(f"{key}: {', '.join(map(str, values))}")
 
 
 def _serve(options: Any) -> None:

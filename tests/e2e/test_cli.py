@@ -39,6 +39,7 @@ def test_version_and_help() -> None:
         ["vocab", "extend"],
         ["adapter", "merge"],
         ["checkpoints"],
+        ["runs"],
     ):
         done = raylm(*command, "--help")
         assert done.returncode == 0
