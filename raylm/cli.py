@@ -9,12 +9,12 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import raylm
-from raylm.errors import RaylmError
+from raylm.errors import ConfigError, RaylmError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     chat = _command(commands, "chat", _chat, "talk to a model or a running server in the terminal")
     chat.add_argument("target", metavar="MODEL_OR_URL", help="hub id, folder, GGUF file, or http://… of a server")
     chat.add_argument("--system", help="system message")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
     chat.add_argument("--api-key-file", help="file with the key the server asks for")
     _overrides(chat)
     generate = _command(commands, "generate", _generate, "answer prompts or a dataset into a JSONL file")
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="file, folder, pattern, address or hf://ORG/NAME")
     convert.add_argument("target", help="file to write; its ending names the format")
     convert.add_argument("--format", default="auto", help="shape of the rows (default: recognised by their keys)")
+    convert.add_argument("--columns", nargs="+", default=[], metavar="KEY=NAME", help="key of the format=its name here")
     prepare = _command(data, "prepare", _prepare, "tokenise the datasets into the cache")
     prepare.add_argument("config", help="YAML configuration")
     _overrides(prepare)
@@ -190,7 +192,9 @@ def _chat(options: Any) -> None:
 
     key = read_api_key(options.api_key_file)
     if options.target.startswith(("http://", "https://")):
-        chat_in_terminal(options.target, api_key=key, system=options.system)
+        if options.overrides:
+            raise ConfigError(options.overrides[0], "is a setting of a server, and this one runs already.")
+        chat_in_terminal(options.target, api_key=key, system=options.system, max_tokens=options.max_tokens)
         return
     with raylm.serve(options.target, options.overrides) as server:
         from raylm.data.prompt import PromptEncoder
@@ -198,7 +202,7 @@ def _chat(options: Any) -> None:
         from raylm.models.folder import as_folder
 
         prompts = PromptEncoder(load_tokenizer(as_folder(options.target)), options.target)
-        chat_in_terminal(server.url, api_key=key, system=options.system, prompts=prompts)
+        chat_in_terminal(server.url, api_key=key, system=options.system, max_tokens=options.max_tokens, prompts=prompts)
 
 
 def _generate(options: Any) -> None:
@@ -239,7 +243,17 @@ def _preview(options: Any) -> None:
         text = Text()
         for _, piece, loss in row.tokens:
             text.append(piece, style="black on green" if loss else "dim")
+        if not console.is_terminal:  # nothing is coloured there
+            text = Text("".join(f"{edge}{piece}" for edge, piece in _with_edges(row.tokens)))
         console.print(text)
+
+
+def _with_edges(tokens: Sequence[tuple[int, str, bool]]) -> Iterator[tuple[str, str]]:
+    """Pieces with what stands before them: where loss begins and ends."""
+    inside = False
+    for _, piece, loss in [*tokens, (0, "", False)]:
+        yield ("⟦" if loss else "⟧") if loss != inside else "", piece
+        inside = loss
 
 
 def _stats(options: Any) -> None:
@@ -268,7 +282,11 @@ def _convert(options: Any) -> None:
     from raylm.config.load import load_config
     from raylm.data.convert import convert
 
-    section = load_config(DataSection, {"train": [{"path": options.source, "format": options.format}]})
+    columns = dict(item.split("=", 1) for item in options.columns if "=" in item)
+    if len(columns) != len(options.columns):
+        raise ConfigError("--columns", "takes pairs such as question=q answer=a.")
+    source = {"path": options.source, "format": options.format, "columns": columns}
+    section = load_config(DataSection, {"train": [source]})
     rows = convert(section, Path(options.target))
     print(json.dumps({"rows": rows, "target": options.target}) if options.json else f"{rows} rows: {options.target}")
 

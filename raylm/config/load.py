@@ -94,7 +94,8 @@ def _parse_overrides(overrides: Overrides) -> list[tuple[str, Any]]:
         if not equals or not key:
             raise ConfigError(f"override {item!r}", "is not of the form section.key=value.")
         try:
-            pairs.append((key, yaml.safe_load(text) if text else None))
+            is_comment = text.lstrip().startswith("#")  # to YAML; on a command line nobody means one
+            pairs.append((key, text if is_comment else yaml.safe_load(text) if text else None))
         except yaml.YAMLError:
             pairs.append((key, text))
     return pairs

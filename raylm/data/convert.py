@@ -22,10 +22,12 @@ def convert(section: DataSection, target: Path) -> int:
     """
     if target.suffix not in TARGETS:
         raise DataError(str(target), "has an unknown ending.", f"Use one of {', '.join(TARGETS)}.")
+    if target.exists():
+        raise DataError(str(target), "exists.", "Remove it, or choose another name.")
     rows = [(kind, _plain(kind, value)) for kind, value in _checked(section)]
     kinds = {kind for kind, _ in rows}
     if not rows:
-        raise DataError("data.train", "holds no rows.")
+        raise DataError(section.train[0].path, "holds no rows.", "Check the path.")
     if len(kinds) > 1:
         raise DataError("data.train", f"holds rows of kinds {', '.join(sorted(kinds))}.", "Convert one kind at a time.")
     values = [value for _, value in rows]

@@ -221,6 +221,8 @@ def _parse_message(where: str, message: Any, role_map: Mapping[str, str], role_k
     role = role_map.get(given) or ROLE_ALIASES.get(given, given)
     if role == "function":  # OpenAI's old name of a result, which names its function; else the turn that calls
         role = "tool" if "name" in message and role_key == "role" else "assistant"
+        if role == "assistant" and (calls := _calls_in_text(message.get(content_key))):
+            message = {**message, content_key: "", "tool_calls": calls}
     if role not in ROLES:
         raise RowProblem(
             f"role {given!r} is not one of {', '.join(ROLES)}.",
@@ -240,6 +242,17 @@ def _parse_message(where: str, message: Any, role_map: Mapping[str, str], role_k
     if not _trains(message, where):
         result["train"] = False
     return result
+
+
+def _calls_in_text(text: Any) -> list[Any] | None:
+    """The calls that a turn of role function holds as JSON, one or a list; None for other text, which is kept."""
+    try:
+        value = load_json(text) if isinstance(text, str) else None
+    except (ValueError, RowProblem, RecursionError):
+        return None
+    calls = value if isinstance(value, list) else [value]
+    are_calls = all(isinstance(call, dict) and set(call) == {"name", "arguments"} for call in calls)
+    return calls if calls and are_calls else None
 
 
 def _trains(message: Mapping[str, Any], where: str) -> bool:

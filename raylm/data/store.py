@@ -231,7 +231,7 @@ def _tokenized_by_ray_data(
                 "files": list(files),
                 "section": section,
                 "source": source,
-                "tokenizer": tokenizer,
+                "tokenizer": ray.put(tokenizer),
                 "num_threads": max(1, cpus // actors),
             },
             batch_size=TOKENIZE_ROWS,
@@ -386,12 +386,14 @@ class _TokenizeStage:
         tokenizer: Any,
         num_threads: int,
     ) -> None:
-        """tokenizer: None where it must be loaded here.
+        """tokenizer: a reference of it, of None where it must be loaded here.
 
         num_threads: of the tokenizer; its default is one for each core of the node, in every actor.
         """
+        import ray
+
         os.environ["RAYON_NUM_THREADS"] = str(num_threads)
-        self._rows = row_tokenizer(files, section, source, tokenizer)
+        self._rows = row_tokenizer(files, section, source, ray.get(tokenizer))
         gc.freeze()
 
     def __call__(self, batch: pa.Table) -> pa.Table:

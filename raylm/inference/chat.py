@@ -100,8 +100,11 @@ def _context_length(client: Any, model: str) -> int:
 
 
 def _connect(url: str, api_key: str | None) -> tuple[Any, str]:
+    import logging
+
     import openai
 
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # vLLM raises it, and a line a request disturbs a chat
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     client = openai.OpenAI(base_url=base, api_key=api_key or "none", max_retries=0)
     try:

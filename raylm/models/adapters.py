@@ -33,9 +33,7 @@ def add_lora(model: Any, section: LoraSection, *, seed: int) -> Any:
     rows = new_rows(model.config)
     if rows and not section.new_rows:
         logger.warning("lora.new_rows=false: the %d tokens that are new to this model will not be learnt", len(rows))
-    if section.target_modules != "all-linear":
-        _check_targets(model, section.target_modules)
-    _check_patterns(model, section)
+    check_lora(model, section)
     torch.manual_seed(seed)  # lora_A is drawn at random, alike on all ranks
     targets = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
     trained = {name: list(rows) for name in _row_layers(model)} if rows and section.new_rows else None
@@ -58,6 +56,13 @@ def add_lora(model: Any, section: LoraSection, *, seed: int) -> Any:
     learns, total = adapted.get_nb_trainable_parameters()
     logger.info("LoRA trains %s of %s parameters (%.2f %%)", f"{learns:,}", f"{total:,}", 100 * learns / total)
     return adapted
+
+
+def check_lora(model: Any, section: LoraSection) -> None:
+    """Raises ModelError when a name in the section matches no module that can be meant; needs no weights."""
+    if section.target_modules != "all-linear":
+        _check_targets(model, section.target_modules)
+    _check_patterns(model, section)
 
 
 def add_new_rows(model: Any) -> Any:
@@ -185,7 +190,7 @@ def _check_targets(model: Any, names: tuple[str, ...]) -> None:
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     missing = [target for target in names if not any(n == target or n.endswith(f".{target}") for n in linear)]
     if missing:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear - {output}})
         raise ModelError(
             "lora.target_modules",
             f"{', '.join(missing)} match no linear module of the model.",

@@ -48,6 +48,17 @@ def load_model(section: ModelSection, device: torch.device) -> Any:
     return model.to(device)
 
 
+def structure_of(section: ModelSection) -> Any:
+    """The model's modules without weights (on the meta device). Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(load_config(section), trust_remote_code=section.trust_remote_code)
+        except ValueError as error:
+            raise ModelError(section.path, f"cannot be loaded: {_first_line(error)}", "Check model.path.") from None
+
+
 def load_as_stored(section: ModelSection) -> Any:
     """A causal language model on the CPU with its weights in the type they are stored in. Raises ModelError."""
     return _load(section, dtype="auto")

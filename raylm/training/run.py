@@ -144,9 +144,9 @@ def _absolute_pattern(path: str) -> str:
 
 def _check_before_start(config: TrainConfig) -> TokenizerSource:
     """Raises for all that can be known to be wrong without Ray and without weights; returns where the tokenizer is."""
-    from raylm.models.adapters import check_new_rows
+    from raylm.models.adapters import check_lora, check_new_rows
     from raylm.models.folder import as_folder
-    from raylm.models.load import check_max_seq_len, load_config
+    from raylm.models.load import check_max_seq_len, load_config, structure_of
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
 
@@ -157,6 +157,8 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)
+    if config.training.method == "lora":
+        check_lora(structure_of(section), config.lora_or_default)
     if config.training.method == "lisa":
         check_lisa(config.lisa_or_default, model_config)
     if config.training.method == "new_rows":

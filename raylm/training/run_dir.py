@@ -49,6 +49,16 @@ class RunDir:
         return self.path / "stopped.txt"
 
 
+_BEFORE_STEPS = frozenset(
+    (CONFIG_FILE, "data.json", "events.jsonl", "rejected.jsonl", "failure.json", "stopped.txt", "stop", "ray")
+)
+
+
+def _has_steps(run: RunDir) -> bool:
+    """False for a run that ended before its first step, in a folder without anything else: there is nothing to lose."""
+    return any(path.name not in _BEFORE_STEPS for path in run.path.iterdir())
+
+
 def locate_run_dir(config: TrainConfig) -> Path:
     """The absolute run directory. Raises RunDirError for a relative one inside a Ray job without a storage path:
     a job's current folder is a temporary copy."""
@@ -82,7 +92,7 @@ def open_run_dir(config: TrainConfig) -> RunDir:
     if occupied and not (path / CONFIG_FILE).is_file():
         raise RunDirError(str(path), "is a folder that holds something else than a run.", "Choose another run.dir.")
     if occupied and not config.training.resume:
-        if not config.run.overwrite:
+        if not config.run.overwrite and _has_steps(run):
             raise RunDirError(
                 str(path),
                 "holds another run.",

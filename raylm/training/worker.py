@@ -206,7 +206,7 @@ class _WorkerHooks:
         figures = {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/loss_tokens": result.tokens}
         if self._writer is not None:
             self._writer.write(step, figures)
-        self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
+        self._goes_on(step)
         return result
 
     def wants_stop(self) -> Stop:
@@ -227,7 +227,11 @@ class _WorkerHooks:
             save_checkpoint(root, state, meta)
             prune(root, keep_last=section.keep_last, keep_best=section.keep_best)
         self._report({"step": step})
-        self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
+        self._goes_on(step)
+
+    def _goes_on(self, step: int) -> None:
+        if step < self._job.num_steps:
+            self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
 
     def close(self) -> None:
         """Closes the sinks."""

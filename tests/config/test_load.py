@@ -19,6 +19,11 @@ def test_a_file_overrides_and_a_mapping_give_the_same_tree(tmp_path: Path) -> No
     assert load_config(TrainConfig, from_file, ["run.seed=3"]).run.seed == 3
 
 
+def test_a_value_with_a_hash_is_no_comment() -> None:
+    overrides = ["data.template=###Human: {input_text}###Assistant:", "lora=null"]
+    assert load_config(TrainConfig, BASE, overrides).data.template == "###Human: {input_text}###Assistant:"
+
+
 def test_the_resolved_tree_can_be_run_again(tmp_path: Path) -> None:
     config = load_config(TrainConfig, BASE, ["training.method=lora", "lora.rank=4", "data.role_map={bot: assistant}"])
     path = tmp_path / "resolved.yaml"

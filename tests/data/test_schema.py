@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from raylm.data.schema import RowProblem, load_json, parse_conversation, parse_tools
+from raylm.data.schema import RowProblem, load_json, parse_conversation, parse_messages, parse_tools
 
 USER = {"role": "user", "content": "hi"}
 BOT = {"role": "assistant", "content": "hello"}
@@ -139,3 +139,19 @@ def test_text_that_looks_like_keys_changes_nothing(text: str) -> None:
     import json
 
     assert load_json(text) == json.loads(text)
+
+
+def test_calls_in_a_turn_of_their_own_are_calls() -> None:
+    """ShareGPT's function_call holds JSON; other text of that role stays text."""
+    texts = [
+        '{"name": "f", "arguments": {"a": 1}}',
+        '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": "{\\"b\\": 2}"}]',
+        "f(1)",
+        '{"name": "f"}',
+    ]
+    raw: list[Any] = [{"from": "function_call", "value": text} for text in texts]
+    messages = parse_messages(raw, {}, role="from")
+    assert [[c["function"]["name"] for c in m.get("tool_calls", ())] for m in messages] == [["f"], ["f", "g"], [], []]
+    assert messages[1]["tool_calls"][1]["function"]["arguments"] == {"b": 2}
+    assert [message["content"] for message in messages] == ["", "", *texts[2:]]
+    assert {message["role"] for message in messages} == {"assistant"}

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from raylm.data.schema import RowProblem
+from raylm.data.templates import chat_template
 from raylm.data.templates.jinja import TokenizerTemplate, _Renderer
 from raylm.errors import ModelError
 from tests.data.support import bot, call, result, user
@@ -174,3 +175,21 @@ def test_a_template_stays_in_the_sandbox(tokenizer: Any) -> None:
     for jinja in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}{{ messages.__class__.__mro__[1] }}"):
         with pytest.raises(ModelError, match="unsafe"):
             TokenizerTemplate(_with(tokenizer, jinja), "m")
+
+
+def test_a_template_without_a_place_for_tools_or_calls_refuses_them(tokenizer: Any) -> None:
+    """ChatML alone would leave the tools out without a word; joined by +, a call without content breaks it."""
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    with pytest.raises(RowProblem, match="leaves the tools out"):
+        TokenizerTemplate(tokenizer, "m").render({"messages": CHAT, "tools": tools})
+    jinja = tokenizer.chat_template.replace("{{ message['content'] }}", "{{ '' + message['content'] }}")
+    calling = [user("1 + 2?"), bot("", tool_calls=[call("add", a=1)]), result("3"), bot("3")]
+    with pytest.raises(RowProblem, match=r"fails on its tool calls|leaves the call of add out"):
+        TokenizerTemplate(_with(tokenizer, jinja), "m").render({"messages": calling})
+
+
+def test_a_preset_whose_tokens_the_tokenizer_lacks_warns(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    chat_template("qwen2_5", tokenizer, "m")
+    assert not caplog.messages
+    chat_template("llama3", tokenizer, "m")
+    assert any("m has no token <|eot_id|>, which the template llama3 uses" in text for text in caplog.messages)

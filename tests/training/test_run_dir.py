@@ -29,6 +29,17 @@ def test_the_folder_of_another_run_is_refused_unless_told(tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "old.txt").exists()
 
 
+def test_a_run_that_took_no_step_does_not_block_its_folder(tmp_path: Path) -> None:
+    open_run_dir(_config(tmp_path / "run"))
+    (tmp_path / "run" / "failure.json").write_text("{}")
+    (tmp_path / "run" / "events.jsonl").write_text("{}")
+    run = open_run_dir(_config(tmp_path / "run", "run.seed=3"))
+    assert not run.failure.exists()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(RunDirError, match="holds another run"):
+        open_run_dir(_config(tmp_path / "run"))
+
+
 def test_a_folder_with_something_else_is_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunDirError, match="holds something else than a run"):

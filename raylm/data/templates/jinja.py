@@ -22,6 +22,7 @@ from raylm.data.templates.segments import Segment
 from raylm.errors import ModelError
 
 _STANDIN = "Vx5answer5xV"
+_PRESET = "Set data.template to a preset with tools (raylm data templates)."
 
 
 class TokenizerTemplate:
@@ -84,9 +85,16 @@ class TokenizerTemplate:
         except TypeError:  # templates that expect arguments as text, or null beside tool calls
             missing = "?"
         if missing:
-            text = self._call([_as_older_openai(message) for message in shown], tools, answer_follows)
+            try:
+                text = self._call([_as_older_openai(message) for message in shown], tools, answer_follows)
+            except TypeError as error:
+                raise RowProblem(
+                    f"the chat template of {self.name} fails on its tool calls: {error}.", _PRESET
+                ) from None
             if missing := _missing_call(messages, text):
-                raise RowProblem(f"the chat template of {self.name} leaves the call of {missing} out.")
+                raise RowProblem(f"the chat template of {self.name} leaves the call of {missing} out.", _PRESET)
+        if tools and not answer_follows and text == self._apply(messages):
+            raise RowProblem(f"the chat template of {self.name} leaves the tools out.", _PRESET)
         return text
 
     def _call(self, messages: list[dict[str, Any]], tools: Any, answer_follows: bool) -> str:

@@ -1,7 +1,9 @@
 """Templates by name: the tokenizer's own, a preset, a YAML file, or one line of text."""
 
-from collections.abc import Mapping
-from dataclasses import fields, replace
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +14,8 @@ from raylm.data.templates.presets import PRESETS
 from raylm.data.templates.segments import Segment
 from raylm.data.templates.to_jinja import to_jinja
 from raylm.errors import DataError, ModelError, nearest
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 
@@ -34,6 +38,18 @@ class ChatTemplate(Protocol):
         """The template as servers read it."""
 
 
+_TOKEN = re.compile(r"<[|｜][^<>\s]+[|｜]>|<(?:start|end)_of_turn>")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            if field.name not in ("source", "default_system", "name"):
+                yield from _texts(getattr(value, field.name))
+
+
 class PresetTemplate:
     """A declared template with the tokens of one tokenizer."""
 
@@ -45,6 +61,18 @@ class PresetTemplate:
         if not self._eos and "{eos}" in str(template):
             raise ModelError(name, f"its tokenizer has no end token, which the template {template.name} needs.")
         self._control_tokens = control_tokens(tokenizer)
+        self._warn_of_missing_tokens(tokenizer, name)
+
+    def _warn_of_missing_tokens(self, tokenizer: Any, name: str) -> None:
+        known = set(self._control_tokens)
+        for token in sorted({token for text in _texts(self._template) for token in _TOKEN.findall(text)}):
+            if token not in known and token not in tokenizer.get_vocab():
+                logger.warning(
+                    "%s has no token %s, which the template %s uses: it is written as ordinary text",
+                    name,
+                    token,
+                    self.name,
+                )
 
     def render(self, conversation: Mapping[str, Any]) -> list[Segment]:
         """The whole conversation. Raises RowProblem."""
