@@ -1,6 +1,7 @@
 """Several ranks on one machine without Ray: processes that live for a module of tests, so each imports torch once."""
 
 import multiprocessing
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -75,6 +76,17 @@ def _serve(pipe: Any) -> None:
             pipe.send((None, error, traceback.format_exc()))
         finally:
             dist.destroy_process_group()
+            _forget_deepspeed()
+
+
+def _forget_deepspeed() -> None:
+    """DeepSpeed keeps the process groups it first saw for the life of a process."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.utils import groups
+
+        comm.cdb = None
+        groups._WORLD_GROUP = None
 
 
 def train_rank(

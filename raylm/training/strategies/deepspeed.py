@@ -11,6 +11,7 @@ import contextlib
 import gc
 import io
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -249,7 +250,7 @@ class DeepspeedStrategy:
         """All ranks' parts of a parameter, or of something of its shape, in one."""
         shape = getattr(parameter, "ds_shape", parameter.shape)
         joined = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)
-        dist.all_gather_into_tensor(joined, part.to(self.device).contiguous())
+        dist.all_gather_single(joined, part.to(self.device).contiguous())
         return joined[: shape.numel()].view(shape)
 
     def _part(self, whole: Tensor) -> Tensor:
@@ -279,6 +280,8 @@ def _deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
+    # What it calls of torch is deprecated since 2.13; drop this with the first release that calls the new names.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning, module="torch")
     import deepspeed
 
     if not deepspeed.comm.is_initialized():
