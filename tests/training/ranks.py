@@ -80,13 +80,18 @@ def _serve(pipe: Any) -> None:
 
 
 def _forget_deepspeed() -> None:
-    """DeepSpeed keeps the process groups it first saw for the life of a process."""
-    if "deepspeed" in sys.modules:
+    """DeepSpeed keeps the process groups it first saw, and counts modules and parameters, for the life of a process; the
+    next run may join processes that have seen other runs."""
+    if "deepspeed.runtime.zero.parameter_offload" in sys.modules:
         from deepspeed.comm import comm
+        from deepspeed.runtime.zero import Init
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.utils import groups
 
         comm.cdb = None
         groups._WORLD_GROUP = None
+        Init.param_id = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def train_rank(
