@@ -146,6 +146,8 @@ class DeepspeedStrategy:
             optimizer=optimizer,
             config={**self._config, "zero_optimization": {**self._config["zero_optimization"]}},
         )
+        if self._stage == 3:
+            _step_in_place(self._running.optimizer)
         for name, parameter in self.module.trainable():
             if parameter.requires_grad and name in self._slots:
                 self._put(parameter, self._slots.pop(name))
@@ -273,6 +275,16 @@ class _Wrapped(nn.Module):
         with torch.autocast(batch.input_ids.device.type, dtype) if dtype else nullcontext():
             loss: Tensor = self.loss(batch)
         return loss
+
+
+def _step_in_place(zero: Any) -> None:
+    """Frees ZeRO-3's second copy of fp32 weights, but for an offloaded optimizer, which needs its own.
+
+    DeepSpeed 0.19.8 means to make none, and does, because it compares a device with the name of one.
+    """
+    for master, flat in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+        if not zero.offload_optimizer and master.device == flat.device:
+            master.data = flat.data
 
 
 def _deepspeed(device: torch.device) -> Any:
