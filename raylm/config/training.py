@@ -134,8 +134,8 @@ class DeepspeedSection(Section):
     offload_param: bool = False
     """Keep the parts of weights in host memory (stage 3)."""
     config: str | dict[str, Any] | None = None
-    """A DeepSpeed configuration of your own: path of a JSON file, or its content. Values `auto` are filled in; what says
-    otherwise than raylm's settings is refused."""
+    """A DeepSpeed configuration of your own: path of a JSON file, or its content. Values `auto` are filled in; what
+    contradicts raylm's settings is refused."""
 
     @model_validator(mode="after")
     def offloading_needs_parts(self) -> Self:

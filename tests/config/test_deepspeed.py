@@ -86,7 +86,10 @@ def test_offloading_keeps_what_the_json_says_of_it() -> None:
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer.device=cpu contradicts deepspeed.offload_optimizer=none",
         ),
-        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is not supported. Remove it."),
+        (
+            {"zero_optimization": {"zero_quantized_weights": True}},
+            "zero_quantized_weights is not supported. Remove it.",
+        ),
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning is not supported. Remove it."),
         ({"zero_optimization": 3}, "zero_optimization is not an object"),
         ("no-such.json", "no-such.json cannot be read as JSON"),

@@ -80,8 +80,8 @@ def _serve(pipe: Any) -> None:
 
 
 def _forget_deepspeed() -> None:
-    """DeepSpeed keeps the process groups it first saw, and counts modules and parameters, for the life of a process; the
-    next run may join processes that have seen other runs."""
+    """DeepSpeed keeps the process groups it first saw, and counts modules and parameters, for the life of a process;
+    the next run may join processes that have seen other runs."""
     if "deepspeed.runtime.zero.parameter_offload" in sys.modules:
         from deepspeed.comm import comm
         from deepspeed.runtime.zero import Init

@@ -86,7 +86,11 @@ def test_settings_that_do_not_fit_the_model_are_refused(deep_model: Path) -> Non
 
 def _section(folder: str, strategy: str, world_size: int) -> Any:
     if strategy == "deepspeed":
-        settings = [f"training.strategy={strategy}", f"cluster.num_workers={world_size}", "training.global_batch_size=4"]
+        settings = [
+            f"training.strategy={strategy}",
+            f"cluster.num_workers={world_size}",
+            "training.global_batch_size=4",
+        ]
         return deepspeed_config(make_config(Path(folder), Path("unused"), *settings), hidden_size=32)
     return FsdpSection() if strategy == "fsdp" else None
 

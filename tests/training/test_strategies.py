@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from raylm.errors import ConfigError
+from raylm.models.vocabulary import NEW_ROWS
 from raylm.training.checkpoint import newest_checkpoint
+from tests.tiny import build_tiny_model
 from tests.training.ranks import Ranks, ranks, train_rank
 from tests.training.support import Rows, make_config, run_in_process
 
@@ -21,6 +23,9 @@ METHODS = {
     "lora": ["training.method=lora"],
     "lisa": ["training.method=lisa", "lisa.num_active_layers=1", "lisa.interval_steps=4"],
 }
+
+
+METHODS["lisa-kept"] = [*METHODS["lisa"], "lisa.keep_state=true", "lisa.interval_steps=3"]
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +115,10 @@ SLOW = pytest.mark.slow
         pytest.param(2, _zero("stage=1"), "full", marks=SLOW),
         pytest.param(2, _zero("stage=1"), "lora", marks=SLOW),
         pytest.param(2, _zero("stage=1"), "lisa", marks=SLOW),
+        pytest.param(2, _zero("stage=1"), "lisa-kept", marks=SLOW),
         pytest.param(2, _zero("stage=2"), "lora", marks=SLOW),
         pytest.param(2, _zero("stage=2"), "lisa", marks=SLOW),
+        pytest.param(2, _zero("stage=3"), "lisa-kept", marks=SLOW),
         pytest.param(4, _zero("stage=3"), "full", marks=SLOW),
         pytest.param(4, _zero("stage=3"), "lora", marks=SLOW),
         pytest.param(4, _zero("stage=3"), "lisa", marks=SLOW),
@@ -132,6 +139,23 @@ def test_zero_takes_the_steps_of_one_process(
     config = make_config(tiny_model_dir, tmp_path, *settings)
     lines = pool.run(world_size, train_rank, config, ROWS)[0]
     _assert_same_run(tmp_path, lines, *reference(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [["full"], ["full", "training.precision=bf16"], ["new_rows"]], ids="-".join)
+def test_zero_with_an_output_layer_of_its_own(pool: Ranks, tmp_path: Path, method: list[str]) -> None:
+    """The loss reads its weight, and rows that are trained in it, outside the layer's own forward."""
+    model = build_tiny_model(tmp_path / "model", tie_word_embeddings=False, **{NEW_ROWS: [200, 80]})
+    found = []
+    for number, strategy in enumerate([DDP, _zero("stage=3")]):
+        settings = [*COMMON, *strategy, "cluster.num_workers=2", f"training.method={method[0]}", *method[1:]]
+        lines = pool.run(2, train_rank, make_config(model, tmp_path / str(number), *settings), ROWS)[0]
+        found.append((_curve(lines), _state(tmp_path / str(number))))
+    (wanted, target), (curve, state) = found
+    close = 2e-3 if "training.precision=bf16" in method else 1e-5
+    np.testing.assert_allclose(curve, wanted, rtol=close, atol=close)
+    assert state.keys() == target.keys()
+    assert all(torch.allclose(state[name], target[name], rtol=0, atol=10 * close) for name in target)
 
 
 FSDP, DDP, SINGLE = ["training.strategy=fsdp"], ["training.strategy=ddp"], ["training.strategy=single"]
