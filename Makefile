@@ -12,14 +12,18 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 setup: $(STAMP)
 
 # PyTorch comes first and alone: only its CPU build needs the extra index. uv installs the rest in seconds; where it
-# cannot (it does not read pip's configuration), pip does in minutes.
+# cannot (it does not read pip's configuration), pip does in minutes. DeepSpeed comes last, because its source package
+# is built with the PyTorch that is there; nothing is compiled.
 $(STAMP): $(LOCK) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --retries 1 \
 		--extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' $(LOCK))"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(UV)
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r $(LOCK) || \
-		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK)
+	grep -v '^deepspeed==' $(LOCK) > $(VENV)/wheels.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --no-deps -r $(VENV)/wheels.txt || \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(VENV)/wheels.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		"$$(grep '^deepspeed==' $(LOCK))"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(STAMP)
 

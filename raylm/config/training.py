@@ -1,6 +1,6 @@
 """The sections that say how weights are changed: training, optimizer, schedule, LoRA, checkpoints, export."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,9 +16,9 @@ class TrainingSection(Section):
     method: Literal["full", "lora", "lisa", "new_rows"] = "full"
     """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `lisa` a few decoder blocks at a
     time (section `lisa`), `new_rows` only the rows of embedding and output layer that `raylm vocab extend` added."""
-    strategy: Literal["auto", "single", "ddp", "fsdp"] = "auto"
-    """How ranks share the work; `auto` is `single` for one worker and `ddp` for more. `fsdp` gives each rank a part of
-    the weights, gradients and optimizer state (section `fsdp`)."""
+    strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
+    """How ranks share the work; `auto` is `single` for one worker and `ddp` for more. `fsdp` and `deepspeed` give each
+    rank a part of the weights, gradients and optimizer state (sections `fsdp` and `deepspeed`)."""
     num_epochs: int = Field(1, ge=1)
     """Passes over the data; `max_steps` can end the run earlier."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -156,6 +156,28 @@ class FsdpSection(Section):
     stay: less traffic, more memory (ZeRO-2)."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer state in host memory; the GPU holds what is being computed."""
+
+
+class DeepspeedSection(Section):
+    """ZeRO (arXiv:1910.02054), by DeepSpeed. Used when `training.strategy` is `deepspeed`."""
+
+    stage: int = Field(3, ge=0, le=3)
+    """What each rank holds a part of: nothing (0), optimizer state (1), gradients too (2), weights too (3)."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory and step there (stages 1 to 3)."""
+    offload_param: bool = False
+    """Keep the parts of weights in host memory (stage 3)."""
+    config: str | dict[str, Any] | None = None
+    """A DeepSpeed configuration of your own: path of a JSON file, or its content. Values `auto` are filled in; what
+    contradicts raylm's settings is refused."""
+
+    @model_validator(mode="after")
+    def offloading_needs_parts(self) -> Self:
+        if self.offload_param and self.stage != 3:
+            raise ValueError(f"offload_param=true excludes stage={self.stage}. Set deepspeed.stage=3, or drop it")
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer=true excludes stage=0. Set deepspeed.stage=1 or more, or drop it")
+        return self
 
 
 class CheckpointSection(Section):

@@ -9,6 +9,7 @@ from raylm.config.data import DataSection
 from raylm.config.sections import ClusterSection, ModelSection, RunSection
 from raylm.config.training import (
     CheckpointSection,
+    DeepspeedSection,
     ExportSection,
     FsdpSection,
     LisaSection,
@@ -34,6 +35,7 @@ class TrainConfig(Section):
     lora: LoraSection | None = None
     lisa: LisaSection | None = None
     fsdp: FsdpSection | None = None
+    deepspeed: DeepspeedSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
     metrics: MetricsSection = MetricsSection()
@@ -97,6 +99,15 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def deepspeed_settings_go_with_the_deepspeed_strategy(self) -> Self:
+        if self.deepspeed is not None and self.training.strategy != "deepspeed":
+            raise ValueError(
+                f"section deepspeed excludes training.strategy={self.training.strategy}. "
+                "Set training.strategy=deepspeed, or drop deepspeed"
+            )
+        return self
+
+    @model_validator(mode="after")
     def evaluation_interval_needs_evaluation_data(self) -> Self:
         if self.training.eval_interval_steps and not self.data.eval:
             raise ValueError("training.eval_interval_steps needs data.eval. Name an evaluation file, or drop it")
@@ -122,6 +133,11 @@ class TrainConfig(Section):
     def fsdp_or_default(self) -> FsdpSection:
         """The sharding settings in force when `training.strategy` is `fsdp`."""
         return self.fsdp or FsdpSection()
+
+    @property
+    def deepspeed_or_default(self) -> DeepspeedSection:
+        """The ZeRO settings in force when `training.strategy` is `deepspeed`."""
+        return self.deepspeed or DeepspeedSection()
 
     @property
     def gradient_accumulation_steps(self) -> int:

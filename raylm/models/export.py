@@ -6,6 +6,7 @@ The folder is complete or absent: it is written beside its place and renamed.
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,13 +48,28 @@ def export_adapter(peft_model: Any, tokenizer: Any, target: Path) -> None:
 
 
 @contextmanager
+def deepspeed_unseen() -> Iterator[None]:
+    """Where DeepSpeed is installed, transformers imports it to save any model: more than a second, and a warning on
+    machines without a GPU."""
+    if "deepspeed" in sys.modules:
+        yield
+        return
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # "not there", to importlib.util.find_spec too
+    try:
+        yield
+    finally:
+        del sys.modules["deepspeed"]
+
+
+@contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `target` when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        yield scratch
+        with deepspeed_unseen():
+            yield scratch
         if target.exists():
             shutil.rmtree(target)
         scratch.rename(target)

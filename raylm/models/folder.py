@@ -109,6 +109,8 @@ def _convert_gguf(file: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from raylm.models.export import deepspeed_unseen
+
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     try:
@@ -122,7 +124,8 @@ def _convert_gguf(file: Path, target: Path) -> None:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(quantised.state_dict(), assign=True)
         model.tie_weights()
-        model.save_pretrained(scratch)
+        with deepspeed_unseen():
+            model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         (scratch / "raylm_source.json").write_text(json.dumps({"gguf": file.name}))
         try:

@@ -172,9 +172,11 @@ def evaluate(strategy: Strategy, batches: Iterable[Batch], *, precision: str) ->
     """The loss over this and all other ranks' batches; ranks may have different numbers of them."""
     strategy.module.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
-    for batch in batches if strategy.holds_whole_weights else _in_step(strategy, batches):
+    alone = strategy.holds_whole_weights  # then not through what wraps the module: DDP has collectives of its own
+    forward = strategy.module if alone else strategy.loss
+    for batch in batches if alone else _in_step(strategy, batches):
         with autocast(precision, strategy.device):
-            sums[0] += strategy.module(batch.to(strategy.device)).double()  # not through DDP: no collectives
+            sums[0] += forward(batch.to(strategy.device)).double()
         sums[1] += batch.loss_tokens
     strategy.module.train()
     loss, tokens = strategy.sum_over_ranks(sums).tolist()

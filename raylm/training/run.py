@@ -11,6 +11,7 @@ from typing import Any
 
 from raylm.config import TrainConfig
 from raylm.config.data import SourceSection
+from raylm.config.deepspeed import deepspeed_config, read_deepspeed_json
 from raylm.data.plan import RunPlan, plan_run
 from raylm.data.remote import scheme_of
 from raylm.data.report import DataReport
@@ -104,7 +105,8 @@ def _session(config: TrainConfig, local_cpus: int, events: EventsWriter) -> Any:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration as workers on any node should see it: paths of local files absolute, run.dir too."""
+    """The configuration as workers on any node should see it: paths of local files absolute, run.dir too, and the
+    content of small ones."""
 
     def absolute(path: str) -> str:
         return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
@@ -132,7 +134,10 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     )
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
     run = config.run.model_copy(update={"dir": str(locate_run_dir(config))})
-    return config.model_copy(update={"data": data, "model": model, "run": run})
+    zero = config.deepspeed
+    if zero is not None and isinstance(zero.config, str):
+        zero = zero.model_copy(update={"config": read_deepspeed_json(zero.config)})
+    return config.model_copy(update={"data": data, "model": model, "run": run, "deepspeed": zero})
 
 
 def _absolute_pattern(path: str) -> str:
@@ -159,6 +164,8 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     check_max_seq_len(section, model_config, config.data.max_seq_len)
     if config.training.method == "lora":
         check_lora(structure_of(section), config.lora_or_default)
+    if config.strategy == "deepspeed":
+        deepspeed_config(config, hidden_size=model_config.get_text_config().hidden_size)
     if config.training.method == "lisa":
         check_lisa(config.lisa_or_default, model_config)
     if config.training.method == "new_rows":

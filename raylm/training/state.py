@@ -38,12 +38,22 @@ def restore_state(
     Raises CheckpointError when the state is of another model.
     """
     restore_weights(trainable, state, place=place)
+    slots = optimizer_slots(state)
     for name, parameter in trainable:
-        prefix = f"optimizer/{name}/"
-        slots = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if slots:
+        if name in slots:
             # Counters stay where the optimizer put them (fused AdamW wants its step beside the parameter).
-            optimizer.state[parameter] = {key: place(value, parameter).clone() for key, value in slots.items()}
+            optimizer.state[parameter] = {key: place(value, parameter).clone() for key, value in slots[name].items()}
+
+
+def optimizer_slots(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Name of a parameter -> what the optimizer keeps for it."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        kind, _, rest = key.partition("/")
+        if kind == "optimizer":
+            name, _, slot = rest.rpartition("/")
+            slots.setdefault(name, {})[slot] = value
+    return slots
 
 
 @torch.no_grad()

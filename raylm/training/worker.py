@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from raylm.config import TrainConfig
+from raylm.config.deepspeed import deepspeed_config
 from raylm.data.stream import MicroBatch
 from raylm.data.templates.table import AUTO, chat_template
 from raylm.data.tokenizer import load_tokenizer
@@ -88,7 +89,7 @@ def run_worker(
         module,
         lambda trainable: build_optimizer(trainable, config.optimizer),
         device,
-        config.fsdp_or_default if config.strategy == "fsdp" else None,
+        _strategy_section(config, model),
     )
     start_step = _restore(job, strategy) if job.start_from else 0
     hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report)
@@ -268,6 +269,12 @@ def _prepared(model: Any, config: TrainConfig) -> Any:
         base = base_of(model)
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _strategy_section(config: TrainConfig, model: Any) -> Any:
+    if config.strategy == "deepspeed":
+        return deepspeed_config(config, hidden_size=model.config.get_text_config().hidden_size)
+    return config.fsdp_or_default if config.strategy == "fsdp" else None
 
 
 def _restore(job: WorkerJob, strategy: Strategy) -> int:

@@ -67,6 +67,30 @@ def test_two_ddp_workers_equal_one(settings: dict[str, Any], write_dataset: Any,
     assert json.loads((run / "data.json").read_text())["used"] == len(PAIRS)
 
 
+@pytest.mark.slow
+def test_two_workers_of_zero_equal_one(settings: dict[str, Any], write_dataset: Any, tmp_path: Path) -> None:
+    """With the content of the JSON sent to the workers, evaluation, export and a tied matrix."""
+    own = tmp_path / "zero.json"
+    own.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 3, "overlap_comm": False}}))
+    evaluation = {"data.eval": str(write_dataset(PAIRS[:7], "eval.json")), "training.eval_interval_steps": 3}
+    one = raylm.train({**settings, **evaluation})
+    zero = {"training.strategy": "deepspeed", "deepspeed.config": str(own), "cluster.num_workers": 2}
+    two = raylm.train({**settings, **evaluation}, {"run.dir": str(tmp_path / "two"), **zero})
+    np.testing.assert_allclose(_losses(two.run_dir), _losses(one.run_dir), rtol=1e-5)
+    assert two.metrics["eval/loss"] == pytest.approx(one.metrics["eval/loss"], rel=1e-5)
+    first, second = _final_state(one.run_dir), _final_state(two.run_dir)
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[name], second[name], atol=1e-4) for name in first)
+    assert two.export_dir is not None
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(two.export_dir)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(RaylmError, match=r"zero_optimization.stage=3 contradicts deepspeed.stage=2"):
+        raylm.train({**settings, **zero}, {"run.dir": str(tmp_path / "three"), "deepspeed.stage": 2})
+    assert not (tmp_path / "three").exists()
+
+
 def test_a_killed_worker_restarts_and_ends_bit_for_bit_alike(settings: dict[str, Any], tmp_path: Path) -> None:
     """C01, C03: SIGKILL in the middle; Ray Train restarts from the newest complete checkpoint."""
     slow = {"training.num_epochs": 12, "checkpoint.interval_steps": 3}

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,19 @@ def test_a_reloaded_export_equals_the_live_model(tmp_path: Path, tied: bool) -> 
         assert {file.get_tensor(name).dtype for name in names} == {torch.float32}
     assert ("lm_head.weight" in names) is not tied
     assert (again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()) is tied
+
+
+def test_saving_does_not_import_deepspeed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from tests.models.test_export import _load, load_tokenizer, export_model, torch
+model, tokenizer = _load(Path({str(tiny_model_dir)!r})), load_tokenizer({str(tiny_model_dir)!r})
+export_model(model, tokenizer, Path({str(tmp_path / "out")!r}), dtype=torch.float32, end_token="<|im_end|>")
+print("deepspeed" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == ["False"]
 
 
 def test_the_end_token_is_among_those_that_stop_generation(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several ranks on one machine without Ray: processes that live for a module of tests, so each imports torch once."""
 
 import multiprocessing
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -75,6 +76,22 @@ def _serve(pipe: Any) -> None:
             pipe.send((None, error, traceback.format_exc()))
         finally:
             dist.destroy_process_group()
+            _forget_deepspeed()
+
+
+def _forget_deepspeed() -> None:
+    """DeepSpeed keeps the process groups it first saw, and counts modules and parameters, for the life of a process;
+    the next run may join processes that have seen other runs."""
+    if "deepspeed.runtime.zero.parameter_offload" in sys.modules:
+        from deepspeed.comm import comm
+        from deepspeed.runtime.zero import Init
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.utils import groups
+
+        comm.cdb = None
+        groups._WORLD_GROUP = None
+        Init.param_id = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
 def train_rank(

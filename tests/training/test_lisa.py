@@ -1,5 +1,6 @@
 """LISA: who learns when, what is kept in memory, and that it is full fine-tuning when all blocks learn."""
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from raylm.config.deepspeed import deepspeed_config
 from raylm.config.sections import ModelSection
 from raylm.config.training import FsdpSection, LisaSection, OptimizerSection
 from raylm.errors import ConfigError
@@ -82,6 +84,17 @@ def test_settings_that_do_not_fit_the_model_are_refused(deep_model: Path) -> Non
         check_lisa(LisaSection(num_active_layers=1, layer_weights=(1, 1)), config)
 
 
+def _section(folder: str, strategy: str, world_size: int) -> Any:
+    if strategy == "deepspeed":
+        settings = [
+            f"training.strategy={strategy}",
+            f"cluster.num_workers={world_size}",
+            "training.global_batch_size=4",
+        ]
+        return deepspeed_config(make_config(Path(folder), Path("unused"), *settings), hidden_size=32)
+    return FsdpSection() if strategy == "fsdp" else None
+
+
 def _walk(
     rank: int, world_size: int, folder: str, strategy_name: str, keep_state: bool, options: dict[str, Any]
 ) -> list[tuple[set[str], set[str], dict[str, int]]]:
@@ -92,7 +105,7 @@ def _walk(
     if options.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = LossModule(model)
-    section = FsdpSection() if strategy_name == "fsdp" else None
+    section = _section(folder, strategy_name, world_size)
     optimizer = OptimizerSection(learning_rate=1e-2, weight_decay=0.1)
     strategy = strategy_class(strategy_name)(module, lambda named: build_optimizer(named, optimizer), device, section)
     lisa = Lisa(LisaSection(interval_steps=2), module.model, module.trainable(), seed=3)
@@ -122,7 +135,7 @@ def _walk(
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("keep_state", [False, True])
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "deepspeed"])
 def test_only_the_drawn_blocks_learn_and_hold_state(
     pool: Ranks, deep_model: Path, strategy: str, keep_state: bool, options: dict[str, Any]
 ) -> None:
@@ -143,6 +156,41 @@ def test_only_the_drawn_blocks_learn_and_hold_state(
     assert seen == set(elements), "every block's turn has come"
     totals = {sum(sizes.values()) for _, _, sizes in found}
     assert len(totals) == 1 or keep_state, "memory is the same in every interval"
+
+
+def test_engines_of_former_intervals_are_gone(pool: Ranks, deep_model: Path) -> None:
+    """Nothing of them stays: no hook, no flat tensor of what trained then."""
+    for engines, hooks, elements, whole in pool.run(2, _left_behind, str(deep_model)):
+        assert engines == [1] * 6
+        assert len(set(hooks)) == 1
+        assert all(count <= 0.6 * whole for count in elements), "a half, and the padding"
+
+
+def _left_behind(rank: int, world_size: int, folder: str) -> tuple[list[int], list[int], list[int], int]:
+    """Of six intervals: engines alive, hooks on modules and parameters, elements of storage under the parts of weights;
+    and the elements of the model."""
+    from deepspeed import DeepSpeedEngine
+
+    module = LossModule(load_model(ModelSection(path=folder), torch.device("cpu")))
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    strategy = strategy_class("deepspeed")(
+        module,
+        lambda named: build_optimizer(named, OptimizerSection()),
+        torch.device("cpu"),
+        _section(folder, "deepspeed", world_size),
+    )
+    lisa = Lisa(LisaSection(num_active_layers=1), module.model, module.trainable(), seed=3)
+    engines, hooks, elements = [], [], []
+    batch = batch_of([np.arange(9, dtype=np.int32)], [np.ones(9, bool)])
+    for interval in range(6):
+        strategy.train_only(lisa.names(interval), keep_state=False)
+        train_step(strategy, [batch, batch], max_grad_norm=1.0, precision="fp32", step=interval)
+        gc.collect()
+        engines.append(sum(type(found) is DeepSpeedEngine for found in gc.get_objects()))
+        hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()))
+        storages = {p.ds_tensor.untyped_storage().data_ptr(): p.ds_tensor for p in module.parameters()}
+        elements.append(sum(part.untyped_storage().nbytes() // 4 for part in storages.values()))
+    return engines, hooks, elements, whole
 
 
 def _curve(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from raylm.errors import ConfigError
+from raylm.models.vocabulary import NEW_ROWS
 from raylm.training.checkpoint import newest_checkpoint
+from tests.tiny import build_tiny_model
 from tests.training.ranks import Ranks, ranks, train_rank
 from tests.training.support import Rows, make_config, run_in_process
 
@@ -21,6 +23,9 @@ METHODS = {
     "lora": ["training.method=lora"],
     "lisa": ["training.method=lisa", "lisa.num_active_layers=1", "lisa.interval_steps=4"],
 }
+
+
+METHODS["lisa-kept"] = [*METHODS["lisa"], "lisa.keep_state=true", "lisa.interval_steps=3"]
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +94,89 @@ def test_ranks_take_the_steps_of_one_process(
     _assert_same_run(tmp_path, lines, *reference(method))
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "lisa"])
-def test_a_checkpoint_of_some_ranks_goes_on_with_others(
-    pool: Ranks, reference: Any, tiny_model_dir: Path, tmp_path: Path, method: str
+def _zero(*options: str) -> list[str]:
+    return ["training.strategy=deepspeed", *(f"deepspeed.{option}" for option in options)]
+
+
+OFFLOADED = ["offload_optimizer=true", "offload_param=true"]
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "method"),
+    [
+        (2, _zero("stage=3"), "full"),
+        (2, _zero("stage=3"), "lora"),
+        (2, _zero("stage=3"), "lisa"),
+        (2, _zero("stage=2"), "full"),
+        pytest.param(1, _zero("stage=3"), "full", marks=SLOW),
+        pytest.param(2, _zero("stage=0"), "full", marks=SLOW),
+        pytest.param(2, _zero("stage=0"), "lisa", marks=SLOW),
+        pytest.param(2, _zero("stage=1"), "full", marks=SLOW),
+        pytest.param(2, _zero("stage=1"), "lora", marks=SLOW),
+        pytest.param(2, _zero("stage=1"), "lisa", marks=SLOW),
+        pytest.param(2, _zero("stage=1"), "lisa-kept", marks=SLOW),
+        pytest.param(2, _zero("stage=2"), "lora", marks=SLOW),
+        pytest.param(2, _zero("stage=2"), "lisa", marks=SLOW),
+        pytest.param(2, _zero("stage=3"), "lisa-kept", marks=SLOW),
+        pytest.param(4, _zero("stage=3"), "full", marks=SLOW),
+        pytest.param(4, _zero("stage=3"), "lora", marks=SLOW),
+        pytest.param(4, _zero("stage=3"), "lisa", marks=SLOW),
+        pytest.param(2, [*_zero("stage=3"), "training.gradient_checkpointing=true"], "full", marks=SLOW),
+        pytest.param(2, [*_zero("stage=3"), "training.gradient_checkpointing=true"], "lora", marks=SLOW),
+        pytest.param(2, [*_zero("stage=3"), "training.gradient_checkpointing=true"], "lisa", marks=SLOW),
+        pytest.param(2, _zero("stage=3", *OFFLOADED), "full", marks=SLOW),
+        pytest.param(2, _zero("stage=3", *OFFLOADED), "lisa", marks=SLOW),
+        pytest.param(2, _zero("stage=2", "offload_optimizer=true"), "full", marks=SLOW),
+        pytest.param(2, _zero("stage=1", "offload_optimizer=true"), "lisa", marks=SLOW),
+    ],
+    ids=lambda value: "-".join(part.rpartition(".")[2] for part in value) if isinstance(value, list) else str(value),
+)
+def test_zero_takes_the_steps_of_one_process(
+    pool: Ranks, reference: Any, tiny_model_dir: Path, tmp_path: Path, world_size: int, options: list[str], method: str
 ) -> None:
-    """Four ranks of FSDP, then two, then DDP, then one process."""
+    settings = [*COMMON, *options, *METHODS[method], f"cluster.num_workers={world_size}"]
+    config = make_config(tiny_model_dir, tmp_path, *settings)
+    lines = pool.run(world_size, train_rank, config, ROWS)[0]
+    _assert_same_run(tmp_path, lines, *reference(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [["full"], ["full", "training.precision=bf16"], ["new_rows"]], ids="-".join)
+def test_zero_with_an_output_layer_of_its_own(pool: Ranks, tmp_path: Path, method: list[str]) -> None:
+    """The loss reads its weight, and rows that are trained in it, outside the layer's own forward."""
+    model = build_tiny_model(tmp_path / "model", tie_word_embeddings=False, **{NEW_ROWS: [200, 80]})
+    found = []
+    for number, strategy in enumerate([DDP, _zero("stage=3")]):
+        settings = [*COMMON, *strategy, "cluster.num_workers=2", f"training.method={method[0]}", *method[1:]]
+        lines = pool.run(2, train_rank, make_config(model, tmp_path / str(number), *settings), ROWS)[0]
+        found.append((_curve(lines), _state(tmp_path / str(number))))
+    (wanted, target), (curve, state) = found
+    close = 2e-3 if "training.precision=bf16" in method else 1e-5
+    np.testing.assert_allclose(curve, wanted, rtol=close, atol=close)
+    assert state.keys() == target.keys()
+    assert all(torch.allclose(state[name], target[name], rtol=0, atol=10 * close) for name in target)
+
+
+FSDP, DDP, SINGLE = ["training.strategy=fsdp"], ["training.strategy=ddp"], ["training.strategy=single"]
+WAYS = {
+    "fsdp": [(FSDP, 4, 6), (FSDP, 2, 11), (DDP, 2, 16), (SINGLE, 1, None)],
+    "to-zero": [(FSDP, 2, 4), (_zero("stage=3"), 2, 9), (_zero("stage=1"), 2, 13), (SINGLE, 1, None)],
+    "zero": [(DDP, 2, 3), (_zero("stage=2"), 4, 7), (_zero("stage=3"), 4, 14), (_zero("stage=3"), 2, None)],
+}
+"""Strategies and numbers of ranks one after the other, each up to a step."""
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "lisa"])
+@pytest.mark.parametrize("way", ["fsdp", pytest.param("to-zero", marks=SLOW), pytest.param("zero", marks=SLOW)])
+def test_a_checkpoint_of_some_ranks_goes_on_with_others(
+    pool: Ranks, tiny_model_dir: Path, tmp_path: Path, way: str, method: str
+) -> None:
     options = [*COMMON, *METHODS[method]]
-    stages = [("fsdp", 4, 6), ("fsdp", 2, 11), ("ddp", 2, 16), ("single", 1, None)]
     lines: list[dict[str, Any]] = []
-    for strategy, world_size, until in stages:
+    for strategy, world_size, until in WAYS[way]:
         stop = [f"training.max_steps={until}"] if until else []
-        settings = [*options, *stop, f"training.strategy={strategy}", f"cluster.num_workers={world_size}"]
+        settings = [*options, *stop, *strategy, f"cluster.num_workers={world_size}"]
         # A shorter run would have a steeper schedule: a constant rate has none.
         config = make_config(tiny_model_dir, tmp_path, *settings, "schedule.name=constant")
         newest = newest_checkpoint(tmp_path / "checkpoints")
@@ -112,9 +189,14 @@ def test_a_checkpoint_of_some_ranks_goes_on_with_others(
     _assert_same_run(tmp_path, lines, tmp_path / "whole", run_in_process(whole, ROWS))
 
 
-def test_resuming_is_bit_for_bit(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
-    settings = [*COMMON, "training.strategy=fsdp", "cluster.num_workers=2", "checkpoint.interval_steps=7"]
-    settings += ["training.method=lora", "lora.dropout=0.1", "checkpoint.keep_last=9"]
+@pytest.mark.parametrize("strategy", [FSDP, _zero("stage=3"), pytest.param(_zero("stage=2"), marks=SLOW)], ids="-".join)
+@pytest.mark.parametrize("method", [["lora", "lora.dropout=0.1"], ["lisa", "lisa.interval_steps=4"]], ids="-".join)
+def test_resuming_is_bit_for_bit(
+    pool: Ranks, tiny_model_dir: Path, tmp_path: Path, strategy: list[str], method: list[str]
+) -> None:
+    """Within an interval, for LISA."""
+    settings = [*COMMON, *strategy, "cluster.num_workers=2", "checkpoint.interval_steps=7", "checkpoint.keep_last=9"]
+    settings += [f"training.method={method[0]}", method[1]]
     whole = make_config(tiny_model_dir, tmp_path, *settings)
     first = pool.run(2, train_rank, whole, ROWS)[0]
     state = _state(tmp_path)
@@ -124,15 +206,16 @@ def test_resuming_is_bit_for_bit(pool: Ranks, tiny_model_dir: Path, tmp_path: Pa
 
 
 def test_evaluation_with_unequal_numbers_of_batches(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """A rank of FSDP that has fewer batches takes part in the others' forwards; DDP's ranks run alone."""
+    """A rank of sharded weights that has fewer batches takes part in the others' forwards; DDP's ranks run alone."""
     found = []
-    for strategy in ("ddp", "fsdp"):
-        settings = [f"training.strategy={strategy}", "cluster.num_workers=2", "data.eval=unused.json"]
-        config = make_config(tiny_model_dir, tmp_path / strategy, *settings, "training.max_steps=1")
+    for number, strategy in enumerate([DDP, FSDP, _zero("stage=3")]):
+        settings = [*strategy, "cluster.num_workers=2", "data.eval=unused.json", "training.eval_interval_steps=1"]
+        config = make_config(tiny_model_dir, tmp_path / str(number), *settings, "training.max_steps=3")
         lines = pool.run(2, train_rank, config, ROWS)[0]
-        found.append(next(line for line in lines if "eval/loss" in line))
-    assert found[0]["eval/loss"] == pytest.approx(found[1]["eval/loss"], rel=1e-5)
-    assert found[0]["eval/loss_tokens"] == found[1]["eval/loss_tokens"]
+        found.append([(line["eval/loss"], line["eval/loss_tokens"]) for line in lines if "eval/loss" in line])
+    assert len(found[0]) == 3
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5)
 
 
 def test_a_rank_holds_its_part_only(pool: Ranks, tiny_model_dir: Path) -> None:
@@ -144,29 +227,58 @@ def test_a_rank_holds_its_part_only(pool: Ranks, tiny_model_dir: Path) -> None:
 
 def _held(rank: int, world_size: int, model_dir: str) -> tuple[int, int, int]:
     """Elements of weights and optimizer state on this rank, and of the whole model."""
-    strategy = _stepped(model_dir)
+    from raylm.config.training import FsdpSection
+    from raylm.training.strategies.fsdp import FsdpStrategy
+
+    strategy = _stepped(model_dir, FsdpStrategy, FsdpSection())
     local = sum(parameter.to_local().numel() for _, parameter in strategy.module.trainable())
     states = [v for slots in strategy.optimizer.state.values() for v in slots.values() if v.ndim]
     whole = sum(parameter.numel() for _, parameter in strategy.module.trainable())
     return local, sum(value.to_local().numel() for value in states), whole
 
 
-def _stepped(model_dir: str) -> Any:
+def _stepped(model_dir: str, kind: Any, section: Any) -> Any:
     from raylm.config.sections import ModelSection
-    from raylm.config.training import FsdpSection, OptimizerSection
+    from raylm.config.training import OptimizerSection
     from raylm.models.load import load_model
     from raylm.optim.build import build_optimizer
     from raylm.training.batch import batch_of
     from raylm.training.loop import train_step
     from raylm.training.module import LossModule
-    from raylm.training.strategies.fsdp import FsdpStrategy
 
     device = torch.device("cpu")
     module = LossModule(load_model(ModelSection(path=model_dir), device))
-    strategy = FsdpStrategy(module, lambda named: build_optimizer(named, OptimizerSection()), device, FsdpSection())
+    strategy = kind(module, lambda named: build_optimizer(named, OptimizerSection()), device, section)
     batch = batch_of([np.arange(9, dtype=np.int32)], [np.ones(9, bool)])
     train_step(strategy, [batch], max_grad_norm=1.0, precision="fp32", step=1)
     return strategy
+
+
+def test_a_rank_of_zero_holds_its_part_only(pool: Ranks, tiny_model_dir: Path) -> None:
+    """But for norms: they are small enough to be kept."""
+    for weights, masters, state, whole in pool.run(2, _held_by_zero, str(tiny_model_dir)):
+        assert weights == pytest.approx(whole / 2, rel=0.02)
+        assert masters == 0, "weights are stepped where they are"
+        assert state == pytest.approx(2 * whole / 2, rel=0.02)
+
+
+def _held_by_zero(rank: int, world_size: int, model_dir: str) -> tuple[int, int, int, int]:
+    from raylm.config.deepspeed import deepspeed_config
+    from raylm.training.strategies.deepspeed import DeepspeedStrategy
+
+    settings = ["training.strategy=deepspeed", f"cluster.num_workers={world_size}", "training.global_batch_size=2"]
+    config = make_config(Path(model_dir), Path("unused"), *settings)
+    strategy = _stepped(model_dir, DeepspeedStrategy, deepspeed_config(config, hidden_size=32))
+    zero = strategy._running.optimizer
+    flats = zero.fp32_partitioned_groups_flat
+    shared = {part.data_ptr() for part in zero.fp16_partitioned_groups_flat}
+    parameters = [parameter for _, parameter in strategy.module.trainable()]
+    return (
+        sum(p.ds_tensor.numel() + (p.numel() if not p.ds_persist else 0) for p in parameters),
+        sum(flat.numel() for flat in flats if flat.data_ptr() not in shared),
+        sum(value.numel() for flat in flats for value in zero.optimizer.state[flat].values() if value.ndim),
+        sum(p.ds_numel for p in parameters),
+    )
 
 
 def test_offloading_needs_a_gpu(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -175,8 +287,12 @@ def test_offloading_needs_a_gpu(pool: Ranks, tiny_model_dir: Path, tmp_path: Pat
         pool.run(2, train_rank, make_config(tiny_model_dir, tmp_path, *settings), ROWS)
 
 
-def test_the_export_of_a_sharded_run_is_its_last_checkpoint(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
-    settings = ["training.strategy=fsdp", "cluster.num_workers=2", "export.enabled=true", "export.dtype=fp32"]
+@pytest.mark.parametrize("strategy", [FSDP, _zero("stage=3"), pytest.param(_zero("stage=2"), marks=SLOW)], ids="-".join)
+def test_the_export_of_a_sharded_run_is_its_last_checkpoint(
+    pool: Ranks, tiny_model_dir: Path, tmp_path: Path, strategy: list[str]
+) -> None:
+    """A tied matrix once."""
+    settings = [*strategy, "cluster.num_workers=2", "export.enabled=true", "export.dtype=fp32"]
     pool.run(2, train_rank, make_config(tiny_model_dir, tmp_path, *settings), ROWS)
     exported, state = load_file(tmp_path / "export" / "model.safetensors"), _state(tmp_path)
     weights = {name.removeprefix("model/"): value for name, value in state.items() if name.startswith("model/")}

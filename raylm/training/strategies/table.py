@@ -7,6 +7,7 @@ STRATEGIES = {
     "single": "raylm.training.strategies.single:SingleStrategy",
     "ddp": "raylm.training.strategies.ddp:DdpStrategy",
     "fsdp": "raylm.training.strategies.fsdp:FsdpStrategy",
+    "deepspeed": "raylm.training.strategies.deepspeed:DeepspeedStrategy",
 }
 
 

@@ -1,0 +1,304 @@
+"""Each rank holds a part of the optimizer state (stage 1), the gradients (2) and the weights (3): ZeRO, by DeepSpeed.
+
+DeepSpeed settles what trains when its engine is made; what is set free later gets gradients and never learns. So the
+engine is made at the first step, when weights and optimizer state are known, and made anew when LISA draws other
+blocks. In between, optimizer state is kept by parameter: this rank's part of it under stage 3, all of it below.
+
+Weights are fp32 under autocast, as in the other strategies; DeepSpeed then steps them in place, without a second copy.
+"""
+
+import contextlib
+import gc
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raylm.training.batch import Batch
+from raylm.training.module import LossModule
+from raylm.training.state import optimizer_slots, restore_weights
+from raylm.training.strategies.base import BuildOptimizer
+
+Slots = dict[str, Tensor]
+"""What an optimizer keeps for one parameter; 0-d tensors count steps."""
+
+
+class DeepspeedStrategy:
+    """Needs an initialised process group (gloo on CPUs, nccl on GPUs)."""
+
+    def __init__(
+        self,
+        module: LossModule,
+        build_optimizer: BuildOptimizer,
+        device: torch.device,
+        section: Mapping[str, Any],
+    ) -> None:
+        """section: what DeepSpeed is configured with (config/deepspeed.py)."""
+        self.module, self.device = module, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._config, self._stage = section, section["zero_optimization"]["stage"]
+        self.holds_whole_weights = self._stage < 3
+        self._build = build_optimizer
+        # Never steps: the loop sets rates in its groups, and the engine's optimizer takes them from there.
+        self.optimizer = build_optimizer(module.trainable())
+        self._sources: list[int] = []
+        self._slots: dict[str, Slots] = {}
+        self._running: Any = None
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See Strategy."""
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with torch.autocast(kind, enabled=False):  # DeepSpeed would switch it off, and say so
+            loss: Tensor = self._engine()(batch, dtype)
+        return loss
+
+    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
+        """See Strategy."""
+        self._engine().set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See Strategy. DeepSpeed averages over ranks, so the loss is multiplied by their number first."""
+        self._engine().backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """See Strategy. DeepSpeed scales when it steps; a norm that is not finite is infinite."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero = self._engine().optimizer
+        if self._stage == 0:
+            return torch.nn.utils.clip_grad_norm_([p for group in zero.param_groups for p in group["params"]], max_norm)
+        zero.clip_grad = max_norm
+        return combine_grad_norm_groups(zero._get_norm_groups()) if self._stage == 3 else zero.scaled_global_norm()
+
+    def optimizer_step(self) -> None:
+        """See Strategy."""
+        engine = self._engine()
+        for group, source in zip(engine.optimizer.param_groups, self._sources, strict=True):
+            group["lr"] = self.optimizer.param_groups[source]["lr"]
+        engine.step()
+        if self._stage == 3:  # a parameter without a gradient in the next step would be stepped with this one's
+            engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """See Strategy."""
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def train_only(self, names: frozenset[str], *, keep_state: bool) -> None:
+        """See Strategy. Parked state lies in host memory: this rank's part of it under stage 3."""
+        if self._running is not None:
+            if names == {name for name, parameter in self.module.trainable() if parameter.requires_grad}:
+                return
+            self._end_engine()
+        for name, parameter in self.module.trainable():
+            parameter.requires_grad_(name in names)
+            if name not in names and not keep_state:
+                self._slots.pop(name, None)
+
+    def state(self) -> dict[str, Tensor]:
+        """See Strategy. One tensor at a time is whole, on rank 0 kept on the CPU."""
+        state: dict[str, Tensor] = {}
+
+        def keep(key: str, value: Tensor) -> None:
+            if self.rank == 0:
+                state[key] = value.detach().cpu()
+
+        for name, parameter in self.module.trainable():
+            if hasattr(parameter, "ds_tensor"):
+                keep(f"model/{name}", self._whole(parameter.ds_tensor.detach(), parameter))
+            else:
+                keep(f"model/{name}", parameter)
+            for key, value in self._slots_of(name, parameter).items():
+                whole = self._whole(value, parameter) if self._stage == 3 and value.ndim else value
+                keep(f"optimizer/{name}/{key}", whole)
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See Strategy. Before the first step."""
+        assert self._running is None, "the engine has been made"
+        restore_weights(self.module.trainable(), state)
+        self._slots = {
+            name: {key: self._part(value) if value.ndim and self._stage == 3 else value for key, value in slots.items()}
+            for name, slots in optimizer_slots(state).items()
+        }
+
+    def _engine(self) -> Any:
+        if self._running is None:
+            self._start_engine()
+        return self._running
+
+    def _start_engine(self) -> None:
+        deepspeed = _deepspeed(self.device)
+        optimizer = self._build([(name, p) for name, p in self.module.trainable() if p.requires_grad])
+        groups, self._sources = self._groups_by_age()
+        optimizer.param_groups[:] = groups
+        self._running, *_ = deepspeed.initialize(
+            model=_Wrapped(self.module),
+            optimizer=optimizer,
+            config={**self._config, "zero_optimization": {**self._config["zero_optimization"]}},
+        )
+        if self._stage == 3:
+            _step_in_place(self._running.optimizer)
+        for name, parameter in self.module.trainable():
+            if parameter.requires_grad and name in self._slots:
+                self._put(parameter, self._slots.pop(name))
+
+    def _groups_by_age(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """Groups of what trains, and the group of `self.optimizer` that each is of.
+
+        ZeRO steps a group as one flat tensor with one count of steps, so parameters of different counts are kept apart:
+        a shared count would be wrong in the bias correction of some.
+        """
+        names = {id(parameter): name for name, parameter in self.module.trainable()}
+        groups, sources = [], []
+        for source, group in enumerate(self.optimizer.param_groups):
+            by_age: dict[Any, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    slots = self._slots.get(names[id(parameter)], {})
+                    age = tuple(sorted((key, float(value)) for key, value in slots.items() if value.ndim == 0))
+                    by_age.setdefault(age, []).append(parameter)
+            for _, parameters in sorted(by_age.items()):
+                groups.append({**group, "params": parameters})
+                sources.append(source)
+        return groups, sources
+
+    def _end_engine(self) -> None:
+        """Takes the optimizer state out of the engine, and everything of the engine out of the module."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        engine = self._running
+        for name, parameter in self.module.trainable():
+            if parameter.requires_grad:
+                self._slots[name] = self._slots_of(name, parameter)
+        engine.destroy()
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+        stack = parameter_offload.FWD_MODULE_STACK
+        stack[:] = [part for part in stack if part is not engine.module]
+        for part in self.module.modules():
+            for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt"):
+                part.__dict__.pop(name, None)  # the next engine would go on with this one's
+        for parameter in self.module.parameters():
+            parameter.grad = None
+            parameter.__dict__.pop("_z3_optimizer", None)
+            own = parameter.ds_tensor if self._stage == 3 else parameter
+            own.data = own.data.clone()  # a view would keep the flat tensor of all that has trained
+        self._running = None
+        del engine
+        gc.collect()  # engines hang in cycles
+
+    def _slots_of(self, name: str, parameter: nn.Parameter) -> Slots:
+        """A copy, in host memory, of what there is for a parameter on this rank."""
+        if self._running is None or not parameter.requires_grad:
+            return self._slots.get(name, {})
+        if self._stage == 0:
+            live = self._running.optimizer.state.get(parameter, {})
+            return {key: value.to("cpu", copy=True) for key, value in live.items()}
+        flat, within, piece = self._place(parameter)
+        slots = {}
+        for key, value in self._running.optimizer.optimizer.state.get(flat, {}).items():
+            if value.ndim == 0 or self._stage == 3:
+                slots[key] = (value[within] if value.ndim else value).to("cpu", copy=True)
+            else:
+                whole = torch.zeros(parameter.numel(), device=self.device)
+                whole[piece] = value[within].to(self.device)
+                dist.all_reduce(whole)
+                slots[key] = whole.cpu().view(parameter.shape)
+        return slots
+
+    def _put(self, parameter: nn.Parameter, slots: Slots) -> None:
+        """Gives a parameter's state to the engine's optimizer."""
+        if self._stage == 0:
+            self._running.optimizer.state[parameter] = {key: value.to(self.device) for key, value in slots.items()}
+            return
+        flat, within, piece = self._place(parameter)
+        live = self._running.optimizer.optimizer.state[flat]
+        for key, value in slots.items():
+            if value.ndim == 0:
+                live[key] = value.to(flat.device, copy=True)
+            else:
+                if key not in live:
+                    live[key] = torch.zeros_like(flat, requires_grad=False)
+                live[key][within] = (value if self._stage == 3 else value.flatten()[piece]).to(flat.device)
+
+    def _place(self, parameter: Any) -> tuple[Tensor, slice, slice]:
+        """The flat tensor in which this rank steps a parameter, where in it, and which elements of the parameter."""
+        zero = self._running.optimizer
+        if self._stage == 3:
+            group, start, length = zero.grad_position[zero.get_param_id(parameter)]
+            return zero.fp32_partitioned_groups_flat[group], slice(start, start + length), slice(0)
+        group = next(i for i, found in enumerate(zero.bit16_groups) if any(p is parameter for p in found))
+        flat, mapping = zero.single_partition_of_fp32_groups[group], parameter._hp_mapping
+        if mapping is None:
+            return flat, slice(0), slice(0)
+        within, piece = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return (
+            flat,
+            slice(within.start, within.start + within.numel),
+            slice(piece.start, piece.start + piece.numel),
+        )
+
+    def _whole(self, part: Tensor, parameter: Any) -> Tensor:
+        """All ranks' parts of a parameter, or of something of its shape, in one."""
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        joined = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)
+        dist.all_gather_single(joined, part.to(self.device).contiguous())
+        return joined[: shape.numel()].view(shape)
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """This rank's part, cut as DeepSpeed cuts: equal lengths, zeros after the end."""
+        length = -(-whole.numel() // self.world_size)
+        part = torch.zeros(length, dtype=whole.dtype)
+        found = whole.flatten()[self.rank * length : (self.rank + 1) * length]
+        part[: found.numel()] = found
+        return part
+
+
+class _Wrapped(nn.Module):
+    """What DeepSpeed hangs its engine on; every engine has its own. Brings the caller's autocast with it."""
+
+    def __init__(self, module: LossModule) -> None:
+        super().__init__()
+        self.loss = module
+
+    def forward(self, batch: Batch, dtype: torch.dtype | None) -> Tensor:
+        with torch.autocast(batch.input_ids.device.type, dtype) if dtype else nullcontext():
+            loss: Tensor = self.loss(batch)
+        return loss
+
+
+def _step_in_place(zero: Any) -> None:
+    """Frees ZeRO-3's second copy of fp32 weights, but for an offloaded optimizer, which needs its own.
+
+    DeepSpeed 0.19.8 means to make none, and does, because it compares a device with the name of one.
+    """
+    for master, flat in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+        if not zero.offload_optimizer and master.device == flat.device:
+            master.data = flat.data
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """DeepSpeed on the process group there is."""
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
+    # What it calls of torch is deprecated since 2.13; drop this with the first release that calls the new names.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning, module="torch")
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        # Its own collectives in shared memory serve inference only, and would be compiled here, with g++ and ninja.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    return deepspeed
