@@ -17,7 +17,7 @@ def test_runs_are_listed_and_compared(tiny_model_dir: Path, tmp_path: Path) -> N
     EventsWriter(tmp_path / "a").write("done")
     first, second = summarise_runs(tmp_path)
     assert (first.run, first.state, first.method, first.strategy, first.step) == ("a", "done", "full", "single", 2)
-    assert (second.run, second.state, second.train_loss) == ("b", "training", lines[-1]["train/loss"])
+    assert (second.run, second.state, second.train_loss) == ("b", "saving", lines[-1]["train/loss"])
     assert compare_runs([tmp_path / "a", tmp_path / "b"]) == {"optimizer.learning_rate": [1e-2, 1e-3]}
     shown = table_lines([first, second])
     assert shown[0].split()[:4] == ["run", "state", "model", "method"]
