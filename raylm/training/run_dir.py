@@ -24,6 +24,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def fetched(self) -> Path:
+        """Checkpoints of other runs that were fetched from object storage."""
+        return self.path / "fetched"
+
+    @property
     def export(self) -> Path:
         """The exported model."""
         return self.path / "export"

@@ -1,7 +1,9 @@
 """What one training worker does: load, restore, run the loop, save, export. Ray stays outside: see ray_trainer.py."""
 
+import contextlib
 import json
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +16,20 @@ from raylm.config.deepspeed import deepspeed_config
 from raylm.data.stream import MicroBatch
 from raylm.data.templates.table import AUTO, chat_template
 from raylm.data.tokenizer import load_tokenizer
+from raylm.errors import CheckpointError
 from raylm.models.adapters import add_lora, add_new_rows, base_of, merged
 from raylm.models.export import export_adapter, export_model, storage_dtype
 from raylm.models.folder import as_folder
 from raylm.models.load import load_model
 from raylm.optim.build import build_optimizer
 from raylm.training.batch import Batch, to_batch
-from raylm.training.checkpoint import (
-    CheckpointMeta,
-    check_identity,
-    load_state,
-    newest_checkpoint,
-    prune,
-    read_meta,
-    save_checkpoint,
-)
+from raylm.training.checkpoint import CheckpointMeta, check_identity, newest_checkpoint, open_state, read_meta
+from raylm.training.checkpoint_writer import CheckpointWriter
 from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
 from raylm.training.lisa import Lisa
 from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
 from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
+from raylm.training.mirror import mirror_of
 from raylm.training.module import LossModule, check_model
 from raylm.training.run_dir import RunDir
 from raylm.training.state import restore_weights
@@ -110,6 +107,7 @@ def run_worker(
             start_step=start_step,
             before_step=_switching(config, strategy, start_step) if config.training.method == "lisa" else None,
         )
+        hooks.end()
     finally:
         hooks.close()
     if rank == 0 and stop:
@@ -174,11 +172,23 @@ class _WorkerHooks:
         former = [line["eval/loss"] for line in read_metrics(job.run.path) if _is_former_evaluation(line, start_step)]
         self._patience = Patience(job.config.training.early_stopping_patience, former)
         self._watch = Watch(job.run.path, job.deadline)
+        section = job.config.checkpoint
+        self._checkpoints = CheckpointWriter(
+            job.run.checkpoints,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            token=_token(strategy),
+            asynchronous=section.asynchronous,
+            keep_last=section.keep_last,
+            keep_best=section.keep_best,
+            keeper=mirror_of(section.mirror),
+        )
         self._flops_per_token = 6 * matrix_parameters(strategy.module)
         self._announce("training", step=start_step, num_steps=job.num_steps, precision=precision)
 
     def step_done(self, result: StepResult) -> None:
         """See Hooks."""
+        self._checkpoints.check()
         if self._writer is None or not self._logged(result.step):
             return
         rate = result.tokens / result.seconds
@@ -221,12 +231,8 @@ class _WorkerHooks:
     def save(self, step: int, evaluation: EvalResult | None) -> None:
         """See Hooks."""
         self._announce("saving", step=step, num_steps=self._job.num_steps)
-        state = self._strategy.state()
-        if self._strategy.rank == 0:
-            root, section = self._job.run.checkpoints, self._job.config.checkpoint
-            meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
-            save_checkpoint(root, state, meta)
-            prune(root, keep_last=section.keep_last, keep_best=section.keep_best)
+        meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
+        self._checkpoints.save(self._strategy.pieces(), meta, last=step == self._job.num_steps)
         self._report({"step": step})
         self._goes_on(step)
 
@@ -234,8 +240,14 @@ class _WorkerHooks:
         if step < self._job.num_steps:
             self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
 
+    def end(self) -> None:
+        """After the last step: until the last checkpoint is written. Raises CheckpointError."""
+        self._checkpoints.close()
+
     def close(self) -> None:
-        """Closes the sinks."""
+        """Whatever happened: lets a checkpoint that is being written end, and closes the sinks."""
+        with contextlib.suppress(CheckpointError):
+            self._checkpoints.wait()
         if self._writer is not None:
             self._writer.close()
 
@@ -277,11 +289,17 @@ def _strategy_section(config: TrainConfig, model: Any) -> Any:
     return config.fsdp_or_default if config.strategy == "fsdp" else None
 
 
+def _token(strategy: Strategy) -> str:
+    """A number that rank 0 draws for this group of workers."""
+    drawn = secrets.randbits(60) if strategy.rank == 0 else 0
+    return f"{int(strategy.sum_over_ranks(torch.tensor(drawn, dtype=torch.int64, device=strategy.device))):015x}"
+
+
 def _restore(job: WorkerJob, strategy: Strategy) -> int:
     assert job.start_from is not None
     meta = read_meta(job.start_from)
     check_identity(job.start_from, meta, job.identity)
-    strategy.load_state(load_state(job.start_from, meta))
+    strategy.load_state(open_state(job.start_from, meta, rank=strategy.rank, world_size=strategy.world_size))
     return meta.step
 
 
@@ -306,7 +324,7 @@ def _rebuilt(job: WorkerJob) -> Any:
     newest = newest_checkpoint(job.run.checkpoints)
     assert newest is not None, "a run ends with a checkpoint"
     model = _prepared(load_model(job.config.model, torch.device("cpu")), job.config)
-    restore_weights(LossModule(model).trainable(), load_state(newest, read_meta(newest)))
+    restore_weights(LossModule(model).trainable(), open_state(newest, read_meta(newest)))
     return model
 
 

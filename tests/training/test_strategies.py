@@ -14,7 +14,7 @@ from raylm.models.vocabulary import NEW_ROWS
 from raylm.training.checkpoint import newest_checkpoint
 from tests.tiny import build_tiny_model
 from tests.training.ranks import Ranks, ranks, train_rank
-from tests.training.support import Rows, make_config, run_in_process
+from tests.training.support import Rows, make_config, read_checkpoint, run_in_process
 
 ROWS = Rows(60)
 COMMON = ("training.num_epochs=5", "optimizer.learning_rate=1e-3", "optimizer.max_grad_norm=0.5")
@@ -41,7 +41,7 @@ def _curve(lines: list[dict[str, Any]]) -> np.ndarray:
 def _state(run_dir: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
-    return load_file(newest / "state.safetensors")
+    return read_checkpoint(newest)
 
 
 def _assert_same_run(run: Path, lines: list[dict[str, Any]], reference: Path, expected: list[dict[str, Any]]) -> None:

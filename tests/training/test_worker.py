@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from raylm.errors import CheckpointError, TrainingError
 from raylm.models.load import load_model
 from raylm.training.checkpoint import list_checkpoints, newest_checkpoint
-from tests.training.support import Rows, make_config, make_plan, run_in_process
+from tests.training.support import Rows, make_config, make_plan, read_checkpoint, run_in_process
 
 ROWS = Rows()
 
@@ -25,7 +24,7 @@ def _losses(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:
 def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
-    return load_file(newest / "state.safetensors")
+    return read_checkpoint(newest)
 
 
 def test_the_first_step_is_the_token_mean_of_plain_cross_entropy(tiny_model_dir: Path, tmp_path: Path) -> None:
