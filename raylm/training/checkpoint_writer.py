@@ -147,8 +147,7 @@ class CheckpointWriter:
         scratch.mkdir(parents=True, exist_ok=True)
         name = state_file(self._rank, self._world_size)
         try:
-            # safetensors refuses tensors that share memory, and pieces of a flat one do.
-            save_file({key: _owned(tensor) for key, tensor in tensors.items()}, scratch / name)
+            save_file(_apart(tensors), scratch / name)
             flush(scratch / name)
             entry = {"bytes": (scratch / name).stat().st_size, "sha256": sha256_of(scratch / name)}
             note: dict[str, Any] = {"files": {name: entry}, "shapes": shapes}
@@ -186,9 +185,16 @@ class CheckpointWriter:
         flush(self._root)
 
 
-def _owned(tensor: "Tensor") -> "Tensor":
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor.cpu() if whole or tensor.device.type != "cpu" else tensor.clone()
+def _apart(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """On the CPU, and copied where tensors share memory, as pieces of a flat one do: safetensors refuses those."""
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():
+        memory = tensor.untyped_storage()
+        shared = memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen
+        seen.add(memory.data_ptr())
+        apart[key] = tensor.clone() if shared and tensor.device.type == "cpu" else tensor.cpu()
+    return apart
 
 
 def _unwritten(target: Path, error: Exception) -> CheckpointError:

@@ -58,7 +58,7 @@ def run_training(config: TrainConfig) -> TrainResult:
     tokenizer_source = _check_before_start(config)
     run = open_run_dir(config)
     events = EventsWriter(run.path)
-    local_cpus = max(os.cpu_count() or 1, config.cluster.num_workers * (config.cluster.cpus_per_worker or 1) + 1)
+    local_cpus = max(os.cpu_count() or 1, config.cluster.max_workers * (config.cluster.cpus_per_worker or 1) + 1)
     with watch_run(run.path), _session(config, local_cpus, events) as ray:
         from raylm.training.ray_trainer import TrainData, fit, plan_resources
 

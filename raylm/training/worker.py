@@ -1,8 +1,10 @@
 """What one training worker does: load, restore, run the loop, save, export. Ray stays outside: see ray_trainer.py."""
 
 import contextlib
+import itertools
 import json
 import logging
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from raylm.models.export import export_adapter, export_model, storage_dtype
 from raylm.models.folder import as_folder
 from raylm.models.load import load_model
 from raylm.optim.build import build_optimizer
-from raylm.training.batch import Batch, to_batch
+from raylm.training.batch import Batch, empty_batch, to_batch
 from raylm.training.checkpoint import CheckpointMeta, check_identity, newest_checkpoint, open_state, read_meta
 from raylm.training.checkpoint_writer import CheckpointWriter
 from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
@@ -31,6 +33,7 @@ from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, 
 from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
 from raylm.training.mirror import mirror_of
 from raylm.training.module import LossModule, check_model
+from raylm.training.pulse import EXIT_CODE, Pulse
 from raylm.training.run_dir import RunDir
 from raylm.training.state import restore_weights
 from raylm.training.stopping import DESCRIPTIONS, Patience, Stop, Watch
@@ -70,8 +73,12 @@ def run_worker(
     rank: int,
     world_size: int,
     report: Callable[[dict[str, Any]], None],
+    node_goes_away: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains on this rank to the end and exports on rank 0. report: called by every rank after each checkpoint."""
+    """Trains on this rank to the end and exports on rank 0. report: called by every rank after each checkpoint.
+
+    node_goes_away: asked by rank 0 before each step; True calls for a checkpoint.
+    """
     config = job.config
     events = EventsWriter(job.run.path) if rank == 0 else None
     if events:
@@ -86,14 +93,20 @@ def run_worker(
         module,
         lambda trainable: build_optimizer(trainable, config.optimizer),
         device,
-        _strategy_section(config, model),
+        _strategy_section(config, model, world_size),
     )
     start_step = _restore(job, strategy) if job.start_from else 0
-    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report)
+    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report, node_goes_away)
     try:
         stop = run_loop(
             strategy,
-            steps_of(data.train(), micro_batches_per_step=config.gradient_accumulation_steps, start_step=start_step),
+            steps_of(
+                data.train(),
+                micro_batches_per_step=config.micro_batches_per_step,
+                start_step=start_step,
+                rank=rank,
+                world_size=world_size,
+            ),
             LoopSettings(
                 num_steps=job.num_steps,
                 max_grad_norm=config.optimizer.max_grad_norm,
@@ -133,17 +146,23 @@ def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Call
 
 
 def steps_of(
-    stream: Iterable[MicroBatch], *, micro_batches_per_step: int, start_step: int
+    stream: Iterable[MicroBatch], *, micro_batches_per_step: int, start_step: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Sequence[Batch]]:
-    """Groups a rank's stream into steps, and checks that each micro-batch is of the step it is used in."""
-    pending: list[MicroBatch] = []
-    step = start_step
-    for micro_batch in stream:
-        assert micro_batch.step == step, f"the stream is at step {micro_batch.step}, the loop at {step}"
-        pending.append(micro_batch)
-        if len(pending) == micro_batches_per_step:
-            yield [to_batch(part) for part in pending]
-            pending, step = [], step + 1
+    """Groups a rank's stream into steps, and checks that each micro-batch is of the step it is used in.
+
+    Micro-batches are dealt in turn from the start step on. Where they do not divide by the ranks, those with fewer in a
+    step run one without labels: all ranks go through as many forwards and backwards.
+    """
+    iterator = iter(stream)
+    passes = -(-micro_batches_per_step // world_size)
+    for step in itertools.count(start_step):
+        first = (step - start_step) * micro_batches_per_step
+        own = len(range(first + (rank - first) % world_size, first + micro_batches_per_step, world_size))
+        found = list(itertools.islice(iterator, own))
+        if not found and own:
+            return
+        assert [batch.step for batch in found] == [step] * own, f"step {step}: {[batch.step for batch in found]}"
+        yield [*(to_batch(batch) for batch in found), *(empty_batch() for _ in range(passes - own))]
 
 
 class _WorkerHooks:
@@ -158,6 +177,7 @@ class _WorkerHooks:
         start_step: int,
         events: EventsWriter | None,
         report: Callable[[dict[str, Any]], None],
+        node_goes_away: Callable[[], bool],
     ) -> None:
         self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
         self._events, self._report = events, report
@@ -171,7 +191,7 @@ class _WorkerHooks:
         )
         former = [line["eval/loss"] for line in read_metrics(job.run.path) if _is_former_evaluation(line, start_step)]
         self._patience = Patience(job.config.training.early_stopping_patience, former)
-        self._watch = Watch(job.run.path, job.deadline)
+        self._watch = Watch(job.run.path, job.deadline, node_goes_away)
         section = job.config.checkpoint
         self._checkpoints = CheckpointWriter(
             job.run.checkpoints,
@@ -184,7 +204,25 @@ class _WorkerHooks:
             keeper=mirror_of(section.mirror),
         )
         self._flops_per_token = 6 * matrix_parameters(strategy.module)
+        self._pulse = Pulse(
+            job.run.ranks,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            timeout_s=job.config.cluster.stuck_timeout_s,
+            give_up=self._give_up,
+        )
         self._announce("training", step=start_step, num_steps=job.num_steps, precision=precision)
+
+    def alive(self, doing: str) -> None:
+        """See Hooks."""
+        self._pulse.beat(doing)
+
+    def _give_up(self, found: str) -> None:
+        """In the pulse's thread: the main one waits for ever."""
+        logger.error("%s", found)
+        with contextlib.suppress(OSError):
+            self._job.run.stuck.write_text(found)
+        os._exit(EXIT_CODE)
 
     def step_done(self, result: StepResult) -> None:
         """See Hooks."""
@@ -213,7 +251,7 @@ class _WorkerHooks:
             return None
         self._announce("evaluating", step=step, num_steps=self._job.num_steps)
         batches = (to_batch(part) for part in self._data.evaluation())
-        result = evaluate(self._strategy, batches, precision=self._precision)
+        result = evaluate(self._strategy, batches, precision=self._precision, alive=self.alive)
         figures = {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/loss_tokens": result.tokens}
         if self._writer is not None:
             self._writer.write(step, figures)
@@ -248,6 +286,7 @@ class _WorkerHooks:
         """Whatever happened: lets a checkpoint that is being written end, and closes the sinks."""
         with contextlib.suppress(CheckpointError):
             self._checkpoints.wait()
+        self._pulse.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -283,9 +322,10 @@ def _prepared(model: Any, config: TrainConfig) -> Any:
     return model
 
 
-def _strategy_section(config: TrainConfig, model: Any) -> Any:
+def _strategy_section(config: TrainConfig, model: Any, world_size: int) -> Any:
     if config.strategy == "deepspeed":
-        return deepspeed_config(config, hidden_size=model.config.get_text_config().hidden_size)
+        hidden_size = model.config.get_text_config().hidden_size
+        return deepspeed_config(config, hidden_size=hidden_size, world_size=world_size)
     return config.fsdp_or_default if config.strategy == "fsdp" else None
 
 

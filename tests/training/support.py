@@ -32,7 +32,7 @@ class Rows:
         per_step = plan.global_batch_size // micro
         for step in range(start, plan.num_steps):
             for number in range(per_step):
-                if (step * per_step + number) % world == rank:
+                if ((step - start) * per_step + number) % world == rank:
                     places = range(number * micro, number * micro + micro)
                     found = [plan.row(step, place) for place in places]
                     yield MicroBatch(step, found[0][0], [self._packed(sequences) for _, sequences in found])
