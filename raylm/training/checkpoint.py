@@ -6,6 +6,7 @@ run was configured as, the shape of each tensor, and the size and SHA-256 of eac
 checkpoint_writer.py).
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -170,7 +171,16 @@ def prune(root: Path, *, keep_last: int, keep_best: bool) -> None:
         keep.add(min(scored)[1])
     for path in found:
         if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint, if there is one: out of sight first, so that one half deleted is never seen."""
+    hidden = path.with_name(f".{path.name}.deleted")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def check_identity(path: Path, meta: CheckpointMeta, identity: Mapping[str, Any]) -> None:

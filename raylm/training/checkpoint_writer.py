@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raylm.errors import CheckpointError
-from raylm.training.checkpoint import META_FILE, CheckpointMeta, checkpoint_name, prune, sha256_of, state_file
+from raylm.training.checkpoint import (
+    META_FILE,
+    CheckpointMeta,
+    checkpoint_name,
+    prune,
+    remove_checkpoint,
+    sha256_of,
+    state_file,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,7 +188,7 @@ class CheckpointWriter:
         (scratch / META_FILE).write_text(json.dumps(asdict(whole), indent=1))
         flush(scratch / META_FILE)
         flush(scratch)
-        shutil.rmtree(target, ignore_errors=True)
+        remove_checkpoint(target)
         scratch.rename(target)
         flush(self._root)
 

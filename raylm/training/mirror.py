@@ -12,7 +12,7 @@ from typing import Any
 
 from raylm.data.remote import inner_path, scheme_of, shown
 from raylm.errors import CheckpointError, RaylmError
-from raylm.training.checkpoint import META_FILE, list_checkpoints, open_state, read_meta
+from raylm.training.checkpoint import META_FILE, list_checkpoints, open_state, read_meta, remove_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def fetch(address: str, root: Path) -> Path:
                 with system.open_input_stream(info.path) as source, (scratch / info.base_name).open("wb") as copy:
                     shutil.copyfileobj(source, copy, _COPY_BYTES)
         open_state(scratch, read_meta(scratch))
-        shutil.rmtree(target, ignore_errors=True)
+        remove_checkpoint(target)
         scratch.rename(target)
     except OSError as error:
         raise CheckpointError(shown(address), f"cannot be copied to {root}: {error}.") from None

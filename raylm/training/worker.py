@@ -211,7 +211,9 @@ class _WorkerHooks:
             timeout_s=job.config.cluster.stuck_timeout_s,
             give_up=self._give_up,
         )
-        self._announce("training", step=start_step, num_steps=job.num_steps, precision=precision)
+        self._announce(
+            "training", step=start_step, num_steps=job.num_steps, precision=precision, workers=strategy.world_size
+        )
 
     def alive(self, doing: str) -> None:
         """See Hooks."""

@@ -109,8 +109,9 @@ class DeepspeedStrategy:
         whole: dict[str, Tensor] = {}
         found: dict[str, Piece] = {}
         for name, parameter in self.module.trainable():
-            if self._stage == 3:
-                found |= self._cut(f"model/{name}", parameter.ds_tensor.detach(), parameter.ds_shape)
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if hasattr(parameter, "ds_tensor"):  # from the first engine on
+                found |= self._cut(f"model/{name}", parameter.ds_tensor.detach(), shape)
             else:
                 whole[f"model/{name}"] = parameter.detach()
             partitioned = self._stage in (1, 2) and self._running is not None and parameter.requires_grad
@@ -122,7 +123,7 @@ class DeepspeedStrategy:
                     if self.rank == 0:
                         found[key] = Piece(value, 0, ())
                 elif self._stage == 3:
-                    found |= self._cut(key, value, parameter.ds_shape)
+                    found |= self._cut(key, value, shape)
                 elif not partitioned:
                     whole[key] = value
                 elif within.stop > (within.start or 0):
