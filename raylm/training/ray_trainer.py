@@ -173,7 +173,6 @@ def _train_function(settings: dict[str, Any]) -> None:
             device,
             rank=rank,
             world_size=world_size,
-            report=lambda figures: ray.train.report(figures),
             node_goes_away=_node_goes_away,
         )
     except RaylmError as error:

@@ -72,10 +72,9 @@ def run_worker(
     *,
     rank: int,
     world_size: int,
-    report: Callable[[dict[str, Any]], None],
     node_goes_away: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains on this rank to the end and exports on rank 0. report: called by every rank after each checkpoint.
+    """Trains on this rank to the end and exports on rank 0.
 
     node_goes_away: asked by rank 0 before each step; True calls for a checkpoint.
     """
@@ -96,7 +95,7 @@ def run_worker(
         _strategy_section(config, model, world_size),
     )
     start_step = _restore(job, strategy) if job.start_from else 0
-    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report, node_goes_away)
+    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away)
     try:
         stop = run_loop(
             strategy,
@@ -176,11 +175,10 @@ class _WorkerHooks:
         precision: str,
         start_step: int,
         events: EventsWriter | None,
-        report: Callable[[dict[str, Any]], None],
         node_goes_away: Callable[[], bool],
     ) -> None:
         self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
-        self._events, self._report = events, report
+        self._events = events
         self._writer: MetricsWriter | None = None
         if strategy.rank == 0:
             tensorboard = job.config.metrics.tensorboard
@@ -273,7 +271,6 @@ class _WorkerHooks:
         self._announce("saving", step=step, num_steps=self._job.num_steps)
         meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
         self._checkpoints.save(self._strategy.pieces(), meta, last=step == self._job.num_steps)
-        self._report({"step": step})
         self._goes_on(step)
 
     def _goes_on(self, step: int) -> None:

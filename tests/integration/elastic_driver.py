@@ -1,5 +1,6 @@
-"""An elastic run on a cluster of two nodes, of which one dies by SIGKILL and comes back: a process of its own, because
-the tests' Ray is another.
+"""An elastic run on a cluster of two nodes, of which one has notice to quit, dies by SIGKILL, and comes back.
+
+A process of its own, because the tests' Ray is another.
 
     python -m tests.integration.elastic_driver SETTINGS.json
 """
@@ -26,12 +27,25 @@ def _sizes(run_dir: Path) -> list[int]:
     return [event["workers"] for event in map(json.loads, lines) if "workers" in event]
 
 
+def _give_notice(address: str, node_id: str) -> None:
+    """As a cloud does with a spot instance."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+    deadline_ms = int(time.time() * 1000) + 120_000
+    accepted, why_not = GcsClient(address=address).drain_node(
+        node_id, DRAIN_NODE_REASON_PREEMPTION, "a test", deadline_ms
+    )
+    assert accepted, why_not
+
+
 def main(settings: dict[str, Any]) -> None:
-    """Prints the result and the sizes of the groups as JSON."""
+    """Prints the steps, the sizes of the groups, and the checkpoint that the notice led to, as JSON."""
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     from ray.cluster_utils import Cluster
 
     import raylm
+    from raylm.training.checkpoint import newest_checkpoint
 
     run_dir = Path(settings["run.dir"])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
@@ -40,15 +54,20 @@ def main(settings: dict[str, Any]) -> None:
     def disturb() -> None:
         while _steps(run_dir) < 5:
             time.sleep(0.1)
+        _give_notice(cluster.address, nodes[0].node_id)
+        while (newest := newest_checkpoint(run_dir / "checkpoints")) is None:
+            time.sleep(0.1)
+        noticed.append(newest.name)
         cluster.remove_node(nodes[0], allow_graceful=False)
         while _sizes(run_dir)[-1] == 3:
             time.sleep(0.1)
         cluster.add_node(num_cpus=1)
 
+    noticed: list[str] = []
     threading.Thread(target=disturb, daemon=True).start()
     try:
         result = raylm.train(settings, {"cluster.address": cluster.address})
-        print(json.dumps({"steps": result.steps, "sizes": _sizes(run_dir)}))
+        print(json.dumps({"steps": result.steps, "sizes": _sizes(run_dir), "noticed": noticed}))
     finally:
         cluster.shutdown()
 

@@ -103,9 +103,7 @@ def run_in_process(
     job = WorkerJob(config, run, plan.num_steps, steps, {"setting": 1}, start_from)
     torch.use_deterministic_algorithms(True)
     try:
-        run_worker(
-            job, WorkerData(train, evaluation), torch.device("cpu"), rank=0, world_size=1, report=lambda figures: None
-        )
+        run_worker(job, WorkerData(train, evaluation), torch.device("cpu"), rank=0, world_size=1)
     except Killed:
         pass
     finally:
