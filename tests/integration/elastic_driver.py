@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raylm.ray_session import LOCAL_ENVIRONMENT
+
 
 def _steps(run_dir: Path) -> int:
     from raylm.training.metrics import read_metrics
@@ -41,7 +43,7 @@ def _give_notice(address: str, node_id: str) -> None:
 
 def main(settings: dict[str, Any]) -> None:
     """Prints the steps, the sizes of the groups, and the checkpoint that the notice led to, as JSON."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **LOCAL_ENVIRONMENT}
     from ray.cluster_utils import Cluster
 
     import raylm
