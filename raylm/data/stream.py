@@ -77,7 +77,8 @@ def ordered_stream(
     rows_per_task = global_batch_size * max(STEPS_PER_TASK, (num_steps - start_step) // MAX_TASKS)
     numbers = [np.arange(start, min(start + rows_per_task, last)) for start in range(first, last, rows_per_task)]
     dataset = (
-        ray.data.from_arrow([pa.table({"row": part}) for part in numbers])
+        # Looks at the blocks here; from_arrow has a task look at each, which elastic workers would leave no place for.
+        ray.data.from_blocks([pa.table({"row": part}) for part in numbers])
         # Ray Data fuses the two into one operator as long as both take its default of one CPU: one task, one hop.
         .map_batches(
             _gather_rows,
