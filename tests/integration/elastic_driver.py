@@ -11,6 +11,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def _sizes(run_dir: Path) -> list[int]:
     """The number of workers of each group so far."""
     lines = (run_dir / "events.jsonl").read_text().splitlines() if (run_dir / "events.jsonl").is_file() else []
     return [event["workers"] for event in map(json.loads, lines) if "workers" in event]
+
+
+def _wait_for(happened: Callable[[], Any]) -> None:
+    while not happened():
+        time.sleep(0.05)
 
 
 def _give_notice(address: str, node_id: str) -> None:
@@ -54,16 +60,17 @@ def main(settings: dict[str, Any]) -> None:
     nodes = [cluster.add_node(num_cpus=1)]
 
     def disturb() -> None:
-        while _steps(run_dir) < 5:
-            time.sleep(0.1)
+        _wait_for(lambda: _steps(run_dir) >= 5)
         _give_notice(cluster.address, nodes[0].node_id)
-        while (newest := newest_checkpoint(run_dir / "checkpoints")) is None:
-            time.sleep(0.1)
-        noticed.append(newest.name)
+        _wait_for(lambda: newest_checkpoint(run_dir / "checkpoints"))
+        noticed.append(newest_checkpoint(run_dir / "checkpoints").name)
         cluster.remove_node(nodes[0], allow_graceful=False)
-        while _sizes(run_dir)[-1] == 3:
-            time.sleep(0.1)
+        _wait_for(lambda: _sizes(run_dir)[-1] == 2 and _steps(run_dir) > 50)
         cluster.add_node(num_cpus=1)
+        _wait_for(lambda: _sizes(run_dir)[-1] == 3)
+        grown_at = _steps(run_dir)
+        _wait_for(lambda: _steps(run_dir) > grown_at + 10)
+        (run_dir / "stop").touch()
 
     noticed: list[str] = []
     threading.Thread(target=disturb, daemon=True).start()
