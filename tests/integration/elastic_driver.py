@@ -5,9 +5,12 @@ A process of its own, because the tests' Ray is another.
     python -m tests.integration.elastic_driver SETTINGS.json
 """
 
+import contextlib
 import json
 import os
 import secrets
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -50,35 +53,52 @@ def _give_notice(address: str, node_id: str) -> None:
 def main(settings: dict[str, Any]) -> None:
     """Prints the steps, the sizes of the groups, and the checkpoint that the notice led to, as JSON."""
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **LOCAL_ENVIRONMENT}
-    from ray.cluster_utils import Cluster
+    import ray
 
     import raylm
     from raylm.training.checkpoint import newest_checkpoint
 
     run_dir = Path(settings["run.dir"])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    nodes = [cluster.add_node(num_cpus=1)]
+    head = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    nodes = [_start_node(head.address_info["gcs_address"])]
+    _wait_for(lambda: ray.cluster_resources().get("CPU") == 3)
+    other = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != ray.get_runtime_context().get_node_id())
+    noticed: list[str] = []
 
     def disturb() -> None:
         _wait_for(lambda: _steps(run_dir) >= 5)
-        _give_notice(cluster.address, nodes[0].node_id)
+        _give_notice(head.address_info["gcs_address"], other)
         _wait_for(lambda: newest_checkpoint(run_dir / "checkpoints"))
         noticed.append(newest_checkpoint(run_dir / "checkpoints").name)
-        cluster.remove_node(nodes[0], allow_graceful=False)
+        os.killpg(nodes[0].pid, signal.SIGKILL)
         _wait_for(lambda: _sizes(run_dir)[-1] == 2 and _steps(run_dir) > 50)
-        cluster.add_node(num_cpus=1)
+        nodes.append(_start_node(head.address_info["gcs_address"]))
         _wait_for(lambda: _sizes(run_dir)[-1] == 3)
         grown_at = _steps(run_dir)
         _wait_for(lambda: _steps(run_dir) > grown_at + 10)
-        (run_dir / "stop").touch()
 
-    noticed: list[str] = []
-    threading.Thread(target=disturb, daemon=True).start()
+    def disturb_and_stop() -> None:
+        try:
+            disturb()
+        finally:
+            (run_dir / "stop").touch()
+
+    threading.Thread(target=disturb_and_stop, daemon=True).start()
     try:
-        result = raylm.train(settings, {"cluster.address": cluster.address})
+        result = raylm.train(settings)
         print(json.dumps({"steps": result.steps, "sizes": _sizes(run_dir), "noticed": noticed}))
     finally:
-        cluster.shutdown()
+        ray.shutdown()
+        for node in nodes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+
+
+def _start_node(address: str) -> subprocess.Popen[bytes]:
+    """A node of one CPU, in a process group of its own."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", f"--address={address}", "--num-cpus=1", "--block"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 if __name__ == "__main__":
