@@ -61,7 +61,6 @@ def main(settings: dict[str, Any]) -> None:
     run_dir = Path(settings["run.dir"])
     head = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     nodes = [_start_node(head.address_info["gcs_address"])]
-    _wait_for(lambda: ray.cluster_resources().get("CPU") == 3)
     other = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != ray.get_runtime_context().get_node_id())
     noticed: list[str] = []
 
@@ -96,9 +95,17 @@ def main(settings: dict[str, Any]) -> None:
 
 
 def _start_node(address: str) -> subprocess.Popen[bytes]:
-    """A node of one CPU, in a process group of its own."""
+    """A node of one CPU that has joined, in a process group of its own. Ray gives up on one that a busy machine starts
+    slowly."""
+    import ray
+
     command = [str(Path(sys.executable).parent / "ray"), "start", f"--address={address}", "--num-cpus=1", "--block"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    before = ray.cluster_resources()["CPU"]
+    while True:
+        node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        _wait_for(lambda: ray.cluster_resources()["CPU"] > before or node.poll() is not None)  # noqa: B023
+        if node.poll() is None:
+            return node
 
 
 if __name__ == "__main__":
