@@ -23,6 +23,8 @@ from raylm.training.checkpoint import check_identity, newest_checkpoint, read_me
 from raylm.training.metrics import EventsWriter, final_figures, plot_losses
 from raylm.training.progress import watch_run
 from raylm.training.run_dir import RunDir, locate_run_dir, open_run_dir
+from raylm.training.sinks.follow import send_figures
+from raylm.training.sinks.table import check_sinks
 from raylm.training.stopping import DESCRIPTIONS, Stop, stop_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -68,13 +70,16 @@ def run_training(config: TrainConfig) -> TrainResult:
         plan = _plan(config, store)
         job = replace(_job(config, run, plan, store, report), deadline=deadline)
         clock.lap("tokenise")
-        with stop_on_sigterm(run.path):
+        with stop_on_sigterm(run.path), send_figures(config, run.path) as following:
             fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
         clock.lap("train")
     plot_losses(run.path, run.path / "loss.png")
     stopped = run.stopped.read_text() if run.stopped.is_file() else None
+    if following.failure and stopped == DESCRIPTIONS[Stop.REQUESTED]:
+        stopped = following.failure
+        run.stopped.write_text(stopped)
     events.write("stopped" if stopped else "done", **({"reason": stopped} if stopped else {}))
-    exported = config.export.enabled and stopped != DESCRIPTIONS[Stop.REQUESTED]
+    exported = config.export.enabled and stopped not in (DESCRIPTIONS[Stop.REQUESTED], following.failure)
     newest = newest_checkpoint(run.checkpoints)
     return TrainResult(
         run_dir=str(run.path),
@@ -159,6 +164,7 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
         read_meta(Path(str(config.training.resume)).expanduser().resolve())
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
     check_optimizer(config.optimizer)
+    check_sinks(config.metrics)
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)

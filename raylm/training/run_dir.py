@@ -50,7 +50,21 @@ class RunDir:
 
 
 _BEFORE_STEPS = frozenset(
-    (CONFIG_FILE, "data.json", "events.jsonl", "rejected.jsonl", "failure.json", "stopped.txt", "stop", "ray")
+    (
+        CONFIG_FILE,
+        "data.json",
+        "data-eval.json",
+        "events.jsonl",
+        "rejected.jsonl",
+        "rejected-eval.jsonl",
+        "failure.json",
+        "stopped.txt",
+        "stop",
+        "hosts",
+        "ray",
+        "report.html",
+        "report.md",
+    )
 )
 
 

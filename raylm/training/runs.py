@@ -1,13 +1,12 @@
 """The runs under a folder, side by side."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from raylm.errors import RunDirError
-from raylm.training.metrics import EVENTS_FILE, final_figures
+from raylm.training.metrics import EVENTS_FILE, final_figures, read_events
 from raylm.training.run_dir import CONFIG_FILE
 
 
@@ -58,7 +57,7 @@ def _summary(run: Path, folder: Path) -> RunSummary:
     config, figures = _config(run), final_figures(run)
     training, workers = config["training"], config["cluster"]["num_workers"]
     strategy = training["strategy"]
-    events = [json.loads(line) for line in (run / EVENTS_FILE).read_text().splitlines() if line.endswith("}")]
+    events = read_events(run)
     return RunSummary(
         run=str(run.relative_to(folder)) if run != folder else run.name,
         state=events[-1]["phase"] if events else "starting",

@@ -165,8 +165,7 @@ class _WorkerHooks:
         self._events, self._report = events, report
         self._writer: MetricsWriter | None = None
         if strategy.rank == 0:
-            tensorboard = job.config.metrics.tensorboard
-            self._writer = MetricsWriter(job.run.path, start_step=start_step, tensorboard=tensorboard)
+            self._writer = MetricsWriter(job.run.path, start_step=start_step)
         peak = matmul_peak_flops(precision, strategy.device)
         self._peak_flops = float(
             strategy.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=strategy.device))
@@ -235,7 +234,7 @@ class _WorkerHooks:
             self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
 
     def close(self) -> None:
-        """Closes the sinks."""
+        """Closes the file of figures."""
         if self._writer is not None:
             self._writer.close()
 

@@ -30,7 +30,7 @@ def settings(tiny_model_dir: Path, write_dataset: Any, tmp_path: Path) -> dict[s
         "run.dir": str(tmp_path / "run"),
         "training": {"num_epochs": 2, "global_batch_size": 4, "precision": "fp32"},
         "optimizer.learning_rate": 1e-2,
-        "metrics.tensorboard": False,
+        "metrics.sinks": [],
         "cluster.cpus_per_worker": 1,
     }
 
