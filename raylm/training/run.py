@@ -22,6 +22,7 @@ from raylm.ray_session import ray_session
 from raylm.training.checkpoint import check_identity, newest_checkpoint, read_meta
 from raylm.training.metrics import EventsWriter, final_figures, plot_losses
 from raylm.training.progress import watch_run
+from raylm.training.report.write import write_report
 from raylm.training.run_dir import RunDir, locate_run_dir, open_run_dir
 from raylm.training.sinks.follow import send_figures
 from raylm.training.sinks.table import check_sinks
@@ -45,6 +46,8 @@ class TrainResult:
     metrics: dict[str, Any]
     data: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    report: str = ""
+    """The run's report.html."""
 
 
 def run_training(config: TrainConfig) -> TrainResult:
@@ -79,6 +82,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         stopped = following.failure
         run.stopped.write_text(stopped)
     events.write("stopped" if stopped else "done", **({"reason": stopped} if stopped else {}))
+    written = write_report(run.path)
     exported = config.export.enabled and stopped not in (DESCRIPTIONS[Stop.REQUESTED], following.failure)
     newest = newest_checkpoint(run.checkpoints)
     return TrainResult(
@@ -90,6 +94,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         metrics=final_figures(run.path),
         data=report.summary(),
         seconds=clock.laps,
+        report=written.html,
     )
 
 
@@ -199,6 +204,7 @@ def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, D
     if section.eval:
         eval_store, eval_report = tokenize_files(section.eval, section, source, seed=config.run.seed)
         eval_report.write_rejected(run.path / "rejected-eval.jsonl")
+        (run.path / "data-eval.json").write_text(json.dumps(eval_report.summary(), indent=1))
         logger.info("data.eval: %s", eval_report.describe())
         eval_report.check("data.eval", on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
         plan = plan_run(

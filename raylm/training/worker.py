@@ -29,6 +29,7 @@ from raylm.training.checkpoint import (
     read_meta,
     save_checkpoint,
 )
+from raylm.training.environment import write_host
 from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
 from raylm.training.lisa import Lisa
 from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
@@ -77,6 +78,7 @@ def run_worker(
     """Trains on this rank to the end and exports on rank 0. report: called by every rank after each checkpoint."""
     config = job.config
     events = EventsWriter(job.run.path) if rank == 0 else None
+    write_host(job.run.path)
     if events:
         events.write("loading the model")
     precision = resolve_precision(config.training.precision, device)
@@ -85,6 +87,10 @@ def run_worker(
     module = LossModule(_prepared(model, config), config.loss)
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
+    if events:
+        sizes = [parameter.numel() for parameter in module.parameters()]
+        trained = sum(parameter.numel() for _, parameter in module.trainable())
+        events.write("placing the model", parameters=sum(sizes), trainable_parameters=trained)
     strategy: Strategy = strategy_class(config.strategy)(
         module,
         lambda trainable: build_optimizer(trainable, config.optimizer),
