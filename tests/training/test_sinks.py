@@ -5,6 +5,9 @@ import importlib.util
 import json
 import logging
 import os
+import signal
+import socket
+import subprocess
 import sys
 import time
 import typing
@@ -383,3 +386,68 @@ def _wait_for(condition: Any, seconds: float = 30.0) -> None:
             pass
         time.sleep(0.02)
     raise AssertionError("it did not happen")
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_and_comes_back_misses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow's own server, killed in the middle of a run and started again on the same database."""
+    from mlflow import MlflowClient
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(follow, "LONGEST_PAUSE_S", 0.5)
+    uri = f"http://127.0.0.1:{port}"
+    run_dir = tmp_path / "run"
+    config = make_run(run_dir, "metrics.sinks=[mlflow]", f"metrics.mlflow.tracking_uri={uri}")
+    server = _mlflow_server(tmp_path, port)
+    try:
+        with send_figures(config, run_dir) as following:
+            take_steps(run_dir, 0, 3)
+            _wait_for(lambda: recorded(run_dir, "mlflow")["sent"]["train/loss"] == 3)
+            _kill(server)
+            take_steps(run_dir, 3, 6)  # returns at once
+            _wait_for(lambda: bool(caplog.messages))
+            server = _mlflow_server(tmp_path, port)
+            take_steps(run_dir, 6, 8)
+        client = MlflowClient(tracking_uri=uri)
+        run = client.get_run(recorded(run_dir, "mlflow")["run_id"])
+        points = client.get_metric_history(run.info.run_id, "train/loss")
+    finally:
+        _kill(server)
+    assert not following.lacking
+    assert run.info.status == "FINISHED"
+    assert [point.step for point in points] == list(range(1, 9))
+    times = {line["step"]: line["time"] for line in read_metrics(run_dir)}
+    assert [point.timestamp for point in points] == [round(times[step] * 1000) for step in range(1, 9)]
+    (message,) = caplog.messages
+    assert message.startswith("metrics.sinks: mlflow takes no figures: MlflowException: API request to")
+
+
+def _mlflow_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    database = ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    command = [sys.executable, "-m", "mlflow", "server", *database, "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=(folder / "server.log").open("ab"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+    def answers() -> bool:
+        assert server.poll() is None, (folder / "server.log").read_text()
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+
+    _wait_for(answers, seconds=180)
+    return server
+
+
+def _kill(server: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
