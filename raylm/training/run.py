@@ -165,11 +165,11 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
 
+    check_sinks(config.metrics)
     if config.training.resume not in (None, "auto"):
         read_meta(Path(str(config.training.resume)).expanduser().resolve())
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
     check_optimizer(config.optimizer)
-    check_sinks(config.metrics)
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import raylm
 from raylm.config import TrainConfig, load_config
 from raylm.config.metrics import SinkName
 from raylm.errors import ConfigError, RunDirError, TrackingError
@@ -241,7 +242,7 @@ def test_addresses_in_messages_lose_their_credentials(monkeypatch: pytest.Monkey
     assert without_secrets("at http://me:p%40ss@host:5/x with abcdefgh") == "at http://host:5/x with ***"
 
 
-def test_what_is_missing_is_refused_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_refused_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def section(*overrides: str) -> Any:
         base = {"model": {"path": "m"}, "data": {"train": "d"}}
         return load_config(TrainConfig, base, overrides).metrics
@@ -258,6 +259,10 @@ def test_what_is_missing_is_refused_before_a_run(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"mlflow needs sqlalchemy to write a database\. Install it: pip install"):
         check_sinks(section("metrics.sinks=[mlflow]"))
     check_sinks(section("metrics.sinks=[mlflow]", "metrics.mlflow.tracking_uri=https://tracking.example"))
+    settings = {"model.path": "m", "data.train": "d", "run.dir": str(tmp_path / "run"), "metrics.sinks": ["wandb"]}
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        raylm.train(settings)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
