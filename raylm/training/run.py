@@ -75,6 +75,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         clock.lap("tokenise")
         with stop_on_sigterm(run.path), send_figures(config, run.path) as following:
             fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
+            events.write("closing the sinks")
         clock.lap("train")
     plot_losses(run.path, run.path / "loss.png")
     stopped = run.stopped.read_text() if run.stopped.is_file() else None

@@ -210,11 +210,12 @@ def test_wall_time_leaves_out_the_time_between_sessions() -> None:
 
 
 def test_settings_as_a_list(tmp_path: Path) -> None:
-    base = {"model": {"path": "m"}, "data": {"train": "d"}, "training": {"method": "lora"}, "lora": {"rank": 16}}
+    sources = ["d", {"path": "e", "weight": 2}]
+    base = {"model": {"path": "m"}, "data": {"train": sources}, "training": {"method": "lora"}, "lora": {"rank": 16}}
     config = load_config(TrainConfig, base, ["optimizer.learning_rates={head: 0.1}", "training.num_epochs=1"])
     assert changed_settings(config) == {
         "model.path": "m",
-        "data.train": config.model_dump(mode="json")["data"]["train"],
+        "data.train": [{"path": "d"}, {"path": "e", "weight": 2.0}],
         "training.method": "lora",
         "optimizer.learning_rates": {"head": 0.1},
     }

@@ -40,6 +40,7 @@ def draw_curves(lines: Sequence[dict[str, Any]]) -> bytes | None:
                     axes.legend()
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})

@@ -85,7 +85,7 @@ def _markdown(block: Block) -> list[str]:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it stands, in one line."""
-    escaped = re.sub(r"([\\`*{}\[\]<>#|~!&])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\g<0>", text)
+    escaped = re.sub(r"([\\`*\[\]<>#|~!&])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\g<0>", text)
     return " ".join(escaped.split())
 
 

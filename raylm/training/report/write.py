@@ -128,9 +128,9 @@ def _data(facts: RunFacts) -> Iterator[Block]:
     for name, counts in facts.data.items():
         rejected = counts.get("rejected", {})
         by_reason = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+        yield Paragraph(name)
         yield Table(
             [
-                [name, ""],
                 ["rows read", f"{counts['rows']:,}"],
                 ["rows used", f"{counts['used']:,}"],
                 ["rows rejected", f"{sum(rejected.values()):,}" + (f" ({by_reason})" if rejected else "")],

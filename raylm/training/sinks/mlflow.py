@@ -55,10 +55,10 @@ class MlflowSink:
         """See Sink."""
         for name, value in {**_PATIENCE, "MLFLOW_DISABLE_TELEMETRY": "true"}.items():
             os.environ.setdefault(name, value)
-        for noisy in ("mlflow", "alembic", "urllib3.connectionpool"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
+        for noisy in ("mlflow", "alembic", "urllib3.connectionpool"):  # after the import, which sets levels
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         local = f"sqlite:///{self._info.dir / DATABASE}"
         self._client = MlflowClient(tracking_uri=self._uri or local, registry_uri=self._uri or local)
         if run_id and self._goes_on(run_id):
