@@ -50,7 +50,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         "data.max_seq_len": 64,
         "training": {"num_epochs": 200, "max_steps": 400, "global_batch_size": 4, "precision": "fp32"},
         "checkpoint.interval_steps": 5,
-        "metrics.tensorboard": False,
+        "metrics.sinks": [],
         "export.enabled": False,
     }
 

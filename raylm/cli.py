@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import raylm
-from raylm.errors import ConfigError, RaylmError
+from raylm.errors import ConfigError, RaylmError, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints.add_argument("run_dir", metavar="RUN", help="run directory")
     runs = _command(commands, "runs", _runs, "list the runs under a folder, and the settings in which they differ")
     runs.add_argument("folder", nargs="?", default="runs", help="default: runs")
+    runs.add_argument("--sort", default="run", metavar="COLUMN", help="smallest first, such as eval_loss")
+    report = _command(commands, "report", _report, "write report.md and report.html of a run, unfinished or not")
+    report.add_argument("run_dir", metavar="RUN", help="run directory")
+    track = _command(commands, "track", _track, "send trackers what they lack of a run that is over")
+    track.add_argument("run_dir", metavar="RUN", help="run directory")
+    _overrides(track)
     config = commands.add_parser("config", help="look at configurations").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -131,6 +137,7 @@ def _train(options: Any) -> None:
     if result.stopped:
         print(f"stopped         after step {result.steps}: {result.stopped}; training.resume=auto goes on")
     print(f"run directory   {result.run_dir}")
+    print(f"report          {result.report}")
     if result.export_dir:
         print(f"model           {result.export_dir}")
         print(f"try it          raylm chat {result.export_dir}")
@@ -153,19 +160,39 @@ def _checkpoints(options: Any) -> None:
 
 
 def _runs(options: Any) -> None:
-    from raylm.training.runs import compare_runs, summarise_runs, table_lines
+    from raylm.training.runs import SORT_KEYS, compare_runs, summarise_runs, table_lines
 
     folder = Path(options.folder).expanduser()
-    summaries = summarise_runs(folder)
-    differences = compare_runs(
-        [folder / summary.run if summary.run != folder.name else folder for summary in summaries]
-    )
+    if options.sort not in SORT_KEYS:
+        raise ConfigError("--sort", f"{options.sort} is not a column.", nearest(options.sort, SORT_KEYS))
+    summaries = summarise_runs(folder, sort=options.sort)
+    paths = [folder / summary.run for summary in summaries]
+    differences = compare_runs([path if path.is_dir() else folder for path in paths])
     if options.json:
         print(json.dumps({"runs": [dataclasses.asdict(run) for run in summaries], "differences": differences}))
         return
     print("\n".join(table_lines(summaries)))
     for key, values in differences.items():
         print(f"{key}: {', '.join(map(str, values))}")
+
+
+def _report(options: Any) -> None:
+    from raylm.training.report.write import write_report
+
+    result = write_report(Path(options.run_dir).expanduser())
+    print(json.dumps(dataclasses.asdict(result)) if options.json else f"{result.markdown}\n{result.html}")
+
+
+def _track(options: Any) -> None:
+    from raylm.config import TrainConfig, load_config
+    from raylm.training.run_dir import CONFIG_FILE
+    from raylm.training.sinks.follow import send_run
+
+    run_dir = Path(options.run_dir).expanduser().resolve()
+    config = load_config(TrainConfig, run_dir / CONFIG_FILE, options.overrides)
+    send_run(config, run_dir)
+    sinks = list(config.metrics.sinks)
+    print(json.dumps({"run_dir": str(run_dir), "sinks": sinks}) if options.json else f"sent to {', '.join(sinks)}")
 
 
 def _serve(options: Any) -> None:

@@ -56,5 +56,9 @@ class TrainingError(RaylmError):
     """A training run that had to stop, such as a non-finite loss."""
 
 
+class TrackingError(RaylmError):
+    """A tracker that does not take the figures of a run."""
+
+
 class ServingError(RaylmError):
     """A server that cannot start, or a request to one that failed."""

@@ -5,7 +5,19 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "ray", "transformers", "vllm", "peft", "datasets", "numpy", "pyarrow", "matplotlib")
+HEAVY = (
+    "torch",
+    "ray",
+    "transformers",
+    "vllm",
+    "peft",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "matplotlib",
+    "wandb",
+    "mlflow",
+)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +28,7 @@ HEAVY = ("torch", "ray", "transformers", "vllm", "peft", "datasets", "numpy", "p
         ["config", "show", "no-such.yaml"],
         ["train", "no-such.yaml"],
         ["vocab", "extend", "--help"],
+        ["track", "no-such-run"],
     ],
 )
 def test_no_heavy_package_is_imported(arguments: list[str]) -> None:

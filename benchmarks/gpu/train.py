@@ -97,7 +97,7 @@ def measure(method: str, model: Path, data: Path, run_dir: Path, options: Any, p
             "training.gradient_checkpointing": True,
             "cluster.num_workers": workers,
             "checkpoint.interval_steps": None,
-            "metrics.tensorboard": False,
+            "metrics.sinks": [],
             "export.enabled": False,
             **chosen,
         }

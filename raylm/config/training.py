@@ -203,12 +203,3 @@ class ExportSection(Section):
     """Write `run.dir`/export when training ends."""
     dtype: ExportDtype = "auto"
     """Storage type of the weights; `auto` is that of the base model's configuration, bf16 where it names none."""
-
-
-class MetricsSection(Section):
-    """Where figures go besides metrics.jsonl and loss.png, which are always written."""
-
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
-    log_interval_steps: int = Field(1, ge=1)
-    """Steps between lines of metrics.jsonl; in between nothing is read back from the device."""

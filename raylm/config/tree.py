@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from raylm.config.base import Section
 from raylm.config.data import DataSection
+from raylm.config.metrics import MetricsSection
 from raylm.config.sections import ClusterSection, ModelSection, RunSection
 from raylm.config.training import (
     CheckpointSection,
@@ -15,7 +16,6 @@ from raylm.config.training import (
     LisaSection,
     LoraSection,
     LossSection,
-    MetricsSection,
     OptimizerSection,
     ScheduleSection,
     TrainingSection,

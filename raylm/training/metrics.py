@@ -1,6 +1,11 @@
-"""Where the figures of a run go: one JSON line a step, TensorBoard, and a picture of the loss."""
+"""The files that the figures and phases of a run stand in, one JSON object a line, and a picture of the loss.
+
+Whoever watches a run reads these: progress bar, sinks (training/sinks), report, `raylm runs`.
+"""
 
 import json
+import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,34 +15,24 @@ EVENTS_FILE = "events.jsonl"
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl, and TensorBoard events if asked. A resumed run first drops the lines of steps that
-    it takes again, so that each step stands there once."""
+    """Appends to metrics.jsonl. A resumed run first drops the lines of steps that it takes again, so that each step
+    stands there once."""
 
-    def __init__(self, run_dir: Path, *, start_step: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, *, start_step: int) -> None:
         path = run_dir / METRICS_FILE
         kept = [line for line in read_metrics(run_dir) if line["step"] <= start_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.rename(path)
         self._file = path.open("a", buffering=1)
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, figures: Mapping[str, float | int]) -> None:
-        """One line; keys are `train/…` or `eval/…`."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
+        """One line; keys are `train/…`, `eval/…` or `memory/…`, and `time` in seconds since the epoch."""
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
 
     def close(self) -> None:
-        """Flushes and closes all sinks."""
+        """Flushes and closes the file."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 class EventsWriter:
@@ -49,7 +44,33 @@ class EventsWriter:
     def write(self, phase: str, **details: Any) -> None:
         """One line: what the run does from now on."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"phase": phase, **details}) + "\n")
+            file.write(json.dumps({"phase": phase, "time": round(time.time(), 3), **details}) + "\n")
+
+
+class Tail:
+    """New complete lines of a JSONL file. One that was rewritten, as by a restarted run, is read from its start."""
+
+    def __init__(self, path: Path, *, from_start: bool) -> None:
+        self._path = path
+        self._place, self._file = 0, 0
+        if not from_start and path.is_file():
+            status = path.stat()
+            self._place, self._file = status.st_size, status.st_ino
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines that were written since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._file or status.st_size < self._place:
+                    self._place, self._file = 0, status.st_ino
+                file.seek(self._place)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        complete = text[: text.rfind(b"\n") + 1]
+        self._place += len(complete)
+        return [json.loads(line) for line in complete.splitlines()]
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -69,7 +90,15 @@ def final_figures(run_dir: Path) -> dict[str, Any]:
     newest: dict[str, Any] = {}
     for line in read_metrics(run_dir):
         newest.update(line)
+    newest.pop("time", None)
     return newest
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The phases of a run in order; a last line cut off by a killed process is left out."""
+    path = run_dir / EVENTS_FILE
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def plot_losses(run_dir: Path, target: Path) -> None:

@@ -3,7 +3,6 @@
 The workers may be on other machines, so what is shown is read from the run directory: events.jsonl and metrics.jsonl.
 """
 
-import json
 import logging
 import sys
 import threading
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from raylm.training.metrics import EVENTS_FILE, METRICS_FILE
+from raylm.training.metrics import EVENTS_FILE, METRICS_FILE, Tail
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ def watch_run(run_dir: Path, stream: TextIO | None = None) -> Iterator[None]:
     stream = stream or sys.stderr
     shown = _Bar(stream) if stream.isatty() else _Lines()
     stop = threading.Event()
-    tails = [_Tail(run_dir / EVENTS_FILE), _Tail(run_dir / METRICS_FILE)]
+    tails = [Tail(run_dir / name, from_start=False) for name in (EVENTS_FILE, METRICS_FILE)]
 
     def follow() -> None:
         while True:
@@ -47,26 +46,6 @@ def watch_run(run_dir: Path, stream: TextIO | None = None) -> Iterator[None]:
         stop.set()
         thread.join()
         shown.close()
-
-
-class _Tail:
-    """New complete lines of a JSONL file, from its end at the start on."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._place = path.stat().st_size if path.is_file() else 0
-
-    def read(self) -> list[dict[str, Any]]:
-        if not self._path.is_file():
-            return []
-        with self._path.open() as file:
-            if self._place > self._path.stat().st_size:  # rewritten by a restarted run
-                self._place = 0
-            file.seek(self._place)
-            text = file.read()
-        complete = text[: text.rfind("\n") + 1]
-        self._place += len(complete.encode())
-        return [json.loads(line) for line in complete.splitlines()]
 
 
 class _Lines:

@@ -23,7 +23,10 @@ from raylm.training.checkpoint import check_identity, newest_checkpoint, read_me
 from raylm.training.metrics import EventsWriter, final_figures, plot_losses
 from raylm.training.mirror import fetch, newest_in_mirror
 from raylm.training.progress import watch_run
+from raylm.training.report.write import write_report
 from raylm.training.run_dir import RunDir, locate_run_dir, open_run_dir
+from raylm.training.sinks.follow import send_figures
+from raylm.training.sinks.table import check_sinks
 from raylm.training.stopping import DESCRIPTIONS, Stop, stop_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,8 @@ class TrainResult:
     metrics: dict[str, Any]
     data: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
+    report: str = ""
+    """The run's report.html."""
 
 
 def run_training(config: TrainConfig) -> TrainResult:
@@ -69,13 +74,18 @@ def run_training(config: TrainConfig) -> TrainResult:
         plan = _plan(config, store)
         job = replace(_job(config, run, plan, store, report), deadline=deadline)
         clock.lap("tokenise")
-        with stop_on_sigterm(run.path):
+        with stop_on_sigterm(run.path), send_figures(config, run.path) as following:
             fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
+            events.write("closing the sinks")
         clock.lap("train")
     plot_losses(run.path, run.path / "loss.png")
     stopped = run.stopped.read_text() if run.stopped.is_file() else None
+    if following.failure and stopped == DESCRIPTIONS[Stop.REQUESTED]:
+        stopped = following.failure
+        run.stopped.write_text(stopped)
     events.write("stopped" if stopped else "done", **({"reason": stopped} if stopped else {}))
-    exported = config.export.enabled and stopped != DESCRIPTIONS[Stop.REQUESTED]
+    written = write_report(run.path)
+    exported = config.export.enabled and stopped not in (DESCRIPTIONS[Stop.REQUESTED], following.failure)
     newest = newest_checkpoint(run.checkpoints)
     return TrainResult(
         run_dir=str(run.path),
@@ -86,6 +96,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         metrics=final_figures(run.path),
         data=report.summary(),
         seconds=clock.laps,
+        report=written.html,
     )
 
 
@@ -156,6 +167,7 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
 
+    check_sinks(config.metrics)
     resume = config.training.resume
     if resume not in (None, "auto") and not scheme_of(str(resume)):
         read_meta(Path(str(resume)).expanduser().resolve())
@@ -195,6 +207,7 @@ def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, D
     if section.eval:
         eval_store, eval_report = tokenize_files(section.eval, section, source, seed=config.run.seed)
         eval_report.write_rejected(run.path / "rejected-eval.jsonl")
+        (run.path / "data-eval.json").write_text(json.dumps(eval_report.summary(), indent=1))
         logger.info("data.eval: %s", eval_report.describe())
         eval_report.check("data.eval", on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
         plan = plan_run(

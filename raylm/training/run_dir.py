@@ -65,8 +65,24 @@ class RunDir:
 
 
 _BEFORE_STEPS = frozenset(
-    (CONFIG_FILE, "data.json", "events.jsonl", "rejected.jsonl", "failure.json", "stuck.txt", "stopped.txt", "stop")
-) | {"ray", "ranks"}
+    (
+        CONFIG_FILE,
+        "data.json",
+        "data-eval.json",
+        "events.jsonl",
+        "rejected.jsonl",
+        "rejected-eval.jsonl",
+        "failure.json",
+        "stuck.txt",
+        "stopped.txt",
+        "stop",
+        "hosts",
+        "ranks",
+        "ray",
+        "report.html",
+        "report.md",
+    )
+)
 
 
 def _has_steps(run: RunDir) -> bool:

@@ -1,13 +1,12 @@
 """The runs under a folder, side by side."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from raylm.errors import RunDirError
-from raylm.training.metrics import EVENTS_FILE, final_figures
+from raylm.training.metrics import EVENTS_FILE, final_figures, read_events
 from raylm.training.run_dir import CONFIG_FILE
 
 
@@ -27,15 +26,22 @@ class RunSummary:
     tokens_per_second: float | None
 
 
-def summarise_runs(folder: Path) -> list[RunSummary]:
-    """Every run directory under a folder, itself included, by name. Raises RunDirError when there is none."""
+SORT_KEYS = tuple(field.name for field in fields(RunSummary))
+
+
+def summarise_runs(folder: Path, *, sort: str = "run") -> list[RunSummary]:
+    """Every run directory under a folder, itself included, by name or by another of SORT_KEYS, smallest first and runs
+    without the figure last. Raises RunDirError when there is none."""
     if not folder.is_dir():
         raise RunDirError(str(folder), "there is no such folder.", "Give the folder that runs lie under.")
     found = [path.parent for path in sorted(folder.rglob(CONFIG_FILE)) if "export" not in path.parts]
     runs = [run for run in found if (run / EVENTS_FILE).is_file()]
     if not runs:
         raise RunDirError(str(folder), "holds no runs.")
-    return [_summary(run, folder) for run in runs]
+    summaries = [_summary(run, folder) for run in runs]
+    known = [run for run in summaries if getattr(run, sort) is not None]
+    unknown = [run for run in summaries if getattr(run, sort) is None]
+    return sorted(known, key=lambda run: getattr(run, sort)) + unknown
 
 
 def compare_runs(runs: Sequence[Path]) -> dict[str, list[Any]]:
@@ -58,7 +64,7 @@ def _summary(run: Path, folder: Path) -> RunSummary:
     config, figures = _config(run), final_figures(run)
     training, workers = config["training"], config["cluster"]["num_workers"]
     strategy = training["strategy"]
-    events = [json.loads(line) for line in (run / EVENTS_FILE).read_text().splitlines() if line.endswith("}")]
+    events = read_events(run)
     return RunSummary(
         run=str(run.relative_to(folder)) if run != folder else run.name,
         state=events[-1]["phase"] if events else "starting",

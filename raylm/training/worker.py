@@ -27,6 +27,7 @@ from raylm.optim.build import build_optimizer
 from raylm.training.batch import Batch, empty_batch, to_batch
 from raylm.training.checkpoint import CheckpointMeta, check_identity, newest_checkpoint, open_state, read_meta
 from raylm.training.checkpoint_writer import CheckpointWriter
+from raylm.training.environment import write_host
 from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
 from raylm.training.lisa import Lisa
 from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
@@ -80,6 +81,7 @@ def run_worker(
     """
     config = job.config
     events = EventsWriter(job.run.path) if rank == 0 else None
+    write_host(job.run.path)
     if events:
         events.write("loading the model")
     precision = resolve_precision(config.training.precision, device)
@@ -88,6 +90,10 @@ def run_worker(
     module = LossModule(_prepared(model, config), config.loss)
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
+    if events:
+        sizes = [parameter.numel() for parameter in module.parameters()]
+        trained = sum(parameter.numel() for _, parameter in module.trainable())
+        events.write("placing the model", parameters=sum(sizes), trainable_parameters=trained)
     strategy: Strategy = strategy_class(config.strategy)(
         module,
         lambda trainable: build_optimizer(trainable, config.optimizer),
@@ -181,8 +187,7 @@ class _WorkerHooks:
         self._events = events
         self._writer: MetricsWriter | None = None
         if strategy.rank == 0:
-            tensorboard = job.config.metrics.tensorboard
-            self._writer = MetricsWriter(job.run.path, start_step=start_step, tensorboard=tensorboard)
+            self._writer = MetricsWriter(job.run.path, start_step=start_step)
         peak = matmul_peak_flops(precision, strategy.device)
         self._peak_flops = float(
             strategy.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=strategy.device))
@@ -282,7 +287,7 @@ class _WorkerHooks:
         self._checkpoints.close()
 
     def close(self) -> None:
-        """Whatever happened: lets a checkpoint that is being written end, and closes the sinks."""
+        """Whatever happened: lets a checkpoint that is being written end, and closes the file of figures."""
         with contextlib.suppress(CheckpointError):
             self._checkpoints.wait()
         self._pulse.close()

@@ -40,6 +40,8 @@ def test_version_and_help() -> None:
         ["adapter", "merge"],
         ["checkpoints"],
         ["runs"],
+        ["report"],
+        ["track"],
     ):
         done = raylm(*command, "--help")
         assert done.returncode == 0
@@ -71,6 +73,24 @@ def test_preview_marks_what_carries_loss(config: Path) -> None:
     (first, _) = json.loads(raylm("data", "preview", str(config), "--json").stdout)
     assert "".join(text for _, text, loss in first["tokens"] if loss) == "yes<|im_end|>"
     assert "yes<|im_end|>" in raylm("data", "preview", str(config)).stdout
+
+
+def test_reports_and_trackers_of_a_run_directory(tmp_path: Path) -> None:
+    run = tmp_path / "one"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {path: m}\ndata: {train: d}\n")
+    (run / "events.jsonl").write_text('{"phase": "done", "time": 1.0}\n')
+    (run / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "train/loss": 2.0}\n')
+    written = json.loads(raylm("report", str(run), "--json").stdout)
+    assert written == {"markdown": str(run / "report.md"), "html": str(run / "report.html")}
+    assert all(Path(path).is_file() for path in written.values())
+    assert raylm("track", str(run)).stdout == "sent to tensorboard\n"
+    assert json.loads((run / "tracking" / "tensorboard.json").read_text())["sent"] == {"train/loss": 1}
+    refused = raylm("runs", str(tmp_path), "--sort", "eval_los")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: --sort: eval_los is not a column. Did you mean eval_loss?\n"
+    nothing = raylm("report", str(tmp_path))
+    assert nothing.stderr.startswith(f"error: {tmp_path}: holds no run.")
 
 
 def test_generate_needs_prompts(tiny_model_dir: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_node_that_goes_shrinks_the_group_and_one_that_comes_lets_it_grow(
         "optimizer.learning_rate": 1e-3,
         "schedule.name": "constant",
         "checkpoint.interval_steps": 50,
-        "metrics.tensorboard": False,
+        "metrics.sinks": [],
         "export.enabled": False,
     }
     elastic = {

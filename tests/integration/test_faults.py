@@ -29,7 +29,7 @@ def settings(tiny_model_dir: Path, write_dataset: Any) -> dict[str, Any]:
         "training": {"num_epochs": 12, "global_batch_size": 4, "precision": "fp32"},
         "optimizer.learning_rate": 1e-3,
         "checkpoint.interval_steps": 3,
-        "metrics.tensorboard": False,
+        "metrics.sinks": [],
         "export.enabled": False,
         "cluster": {"num_workers": 2, "cpus_per_worker": 1, "stuck_timeout_s": 20},
     }

@@ -28,7 +28,7 @@ def settings(tmp_path: Path, write_dataset: Any) -> dict[str, Any]:
         "run.dir": str(tmp_path / "run"),
         "training": {"num_epochs": 12, "global_batch_size": 4, "precision": "fp32"},
         "optimizer.learning_rate": 3e-2,
-        "metrics.tensorboard": False,
+        "metrics.sinks": [],
         "cluster.cpus_per_worker": 1,
     }
 

@@ -38,7 +38,7 @@ def test_tokens_that_do_not_fit_the_object_store_are_spilled(tiny_model_dir: Pat
         "data": {"train": str(data), "max_seq_len": 256, "cache": False},
         "run.dir": str(tmp_path / "run"),
         "training": {"max_steps": 20, "global_batch_size": 4, "precision": "fp32"},
-        "metrics.tensorboard": False,
+        "metrics.sinks": [],
         "export.enabled": False,
         "cluster.cpus_per_worker": 1,
     }

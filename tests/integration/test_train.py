@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -31,7 +32,7 @@ def settings(tiny_model_dir: Path, write_dataset: Any, tmp_path: Path) -> dict[s
         "run.dir": str(tmp_path / "run"),
         "training": {"num_epochs": 2, "global_batch_size": 4, "precision": "fp32"},
         "optimizer.learning_rate": 1e-2,
-        "metrics.tensorboard": False,
+        "metrics.sinks": [],
         "cluster.cpus_per_worker": 1,
     }
 
@@ -64,6 +65,12 @@ def test_two_ddp_workers_equal_one(settings: dict[str, Any], write_dataset: Any,
     }
     run = Path(one.run_dir)
     assert (run / "loss.png").is_file()
+    assert two.report == str(tmp_path / "two" / "report.html")
+    report = Path(two.report).read_text()
+    for label, value in (("workers", 2), ("strategy", "ddp"), ("state", "done"), ("rows read", len(PAIRS))):
+        assert f"<tr><th>{label}</th><td>{value}</td></tr>" in report
+    assert f"<td>{json.loads((run / 'data-eval.json').read_text())['rows']}</td>" in report
+    assert {"starting Ray", "tokenising", "placing the model", "exporting"} <= set(re.findall("<th>(.*?)</th>", report))
     assert json.loads((run / "data.json").read_text())["used"] == len(PAIRS)
 
 
@@ -135,6 +142,25 @@ def test_resuming_extends_a_run_and_refuses_another(settings: dict[str, Any]) ->
     with pytest.raises(CheckpointError, match="holds its own checkpoints, the newest step-00000006"):
         raylm.train(settings, older)
     assert [line["step"] for line in read_metrics(Path(again.run_dir))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_tracker_that_is_away_ends_a_run_only_when_told(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("TIMEOUT", "2"), ("MAX_RETRIES", "0")):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    monkeypatch.setattr("raylm.training.sinks.follow.CLOSING_S", 2.0)
+    away = {"metrics.sinks": ["mlflow"], "metrics.mlflow.tracking_uri": "http://127.0.0.1:9"}
+    long = {"training.num_epochs": 2000, "training.max_steps": 4000}
+    stopped = raylm.train(settings, {**away, **long, "metrics.on_sink_failure": "stop"})
+    assert stopped.stopped == "mlflow takes no figures (metrics.on_sink_failure=stop)"
+    assert 0 < stopped.steps < 4000
+    assert stopped.export_dir is None
+    assert "stopped: mlflow takes no figures" in Path(stopped.report).read_text()
+    goal = stopped.steps + 2
+    result = raylm.train(settings, {**away, **long, "training.max_steps": goal, "training.resume": "auto"})
+    assert (result.steps, result.stopped) == (goal, None)
+    assert len(_losses(result.run_dir)) == goal
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,13 @@ class Rows:
 
 
 def make_config(model: Path, run_dir: Path, *overrides: str) -> TrainConfig:
-    """A configuration of short runs with metrics but no TensorBoard."""
+    """A configuration of short runs."""
     base = {
         "model": {"path": str(model)},
         "data": {"train": "unused.json", "max_seq_len": 64},
         "run": {"dir": str(run_dir)},
         "training": {"num_epochs": 2, "global_batch_size": 4, "precision": "fp32"},
         "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.01},
-        "metrics": {"tensorboard": False},
         "export": {"enabled": False},
     }
     return load_config(TrainConfig, base, overrides)

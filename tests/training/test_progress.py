@@ -33,16 +33,15 @@ def test_phases_and_steps_are_shown_as_lines(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, start_step=0, tensorboard=True)
+    writer = MetricsWriter(tmp_path, start_step=0)
     for step in (1, 2, 3):
         writer.write(step, {"train/loss": float(step)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "tra')  # killed in the middle of a line
-    writer = MetricsWriter(tmp_path, start_step=2, tensorboard=False)
+    writer = MetricsWriter(tmp_path, start_step=2)
     writer.write(3, {"train/loss": 30.0})
     writer.close()
     assert [(line["step"], line["train/loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert list((tmp_path / "tensorboard").iterdir())
     plot_losses(tmp_path, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -19,6 +19,9 @@ def test_runs_are_listed_and_compared(tiny_model_dir: Path, tmp_path: Path) -> N
     assert (first.run, first.state, first.method, first.strategy, first.step) == ("a", "done", "full", "single", 2)
     assert (second.run, second.state, second.train_loss) == ("b", "saving", lines[-1]["train/loss"])
     assert compare_runs([tmp_path / "a", tmp_path / "b"]) == {"optimizer.learning_rate": [1e-2, 1e-3]}
+    losses = [summary.train_loss for summary in summarise_runs(tmp_path, sort="train_loss")]
+    assert losses == sorted([first.train_loss, second.train_loss])
+    assert [summary.run for summary in summarise_runs(tmp_path, sort="eval_loss")] == ["a", "b"]
     shown = table_lines([first, second])
     assert shown[0].split()[:4] == ["run", "state", "model", "method"]
     assert len(shown) == 3

@@ -1,0 +1,1 @@
+"""Trackers that a run's figures are sent to."""
