@@ -13,9 +13,10 @@ ExportDtype = Literal["auto", "bf16", "fp16", "fp32"]
 class TrainingSection(Section):
     """The step and how often it is taken."""
 
-    method: Literal["full", "lora", "lisa", "new_rows"] = "full"
-    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `lisa` a few decoder blocks at a
-    time (section `lisa`), `new_rows` only the rows of embedding and output layer that `raylm vocab extend` added."""
+    method: Literal["full", "lora", "qlora", "lisa", "new_rows"] = "full"
+    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `qlora` the same over decoder
+    blocks in 4 bits, `lisa` a few decoder blocks at a time (section `lisa`), `new_rows` only the rows of embedding and
+    output layer that `raylm vocab extend` added."""
     strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """How ranks share the work; `auto` is `single` for one worker and `ddp` for more. `fsdp` and `deepspeed` give each
     rank a part of the weights, gradients and optimizer state (sections `fsdp` and `deepspeed`)."""
@@ -98,7 +99,7 @@ class ScheduleSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters (arXiv:2106.09685), through PEFT. Used when `training.method` is `lora`."""
+    """Low-rank adapters (arXiv:2106.09685), through PEFT. Used when `training.method` is `lora` or `qlora`."""
 
     rank: int = Field(16, ge=1)
     """Rank of the update."""

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from raylm.config.base import Section
 from raylm.config.data import DataSection
+from raylm.config.methods import METHODS, STRATEGIES, MethodRow
 from raylm.config.sections import ClusterSection, ModelSection, RunSection
 from raylm.config.training import (
     CheckpointSection,
@@ -72,20 +73,24 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def lora_settings_go_with_the_lora_method(self) -> Self:
-        if self.lora is not None and self.training.method != "lora":
-            raise ValueError(
-                f"section lora excludes training.method={self.training.method}. "
-                "Set training.method=lora, or drop it: lora=null"
-            )
+    def settings_of_a_method_go_with_it(self) -> Self:
+        for section in ("lora", "lisa"):
+            users = [name for name, row in METHODS.items() if row.section == section]
+            if getattr(self, section) is not None and self.training.method not in users:
+                raise ValueError(
+                    f"section {section} excludes training.method={self.training.method}. "
+                    f"Set training.method={' or '.join(users)}, or drop it: {section}=null"
+                )
         return self
 
     @model_validator(mode="after")
-    def lisa_settings_go_with_the_lisa_method(self) -> Self:
-        if self.lisa is not None and self.training.method != "lisa":
+    def strategy_runs_the_method(self) -> Self:
+        excluded = self.method.excluded
+        if self.strategy in excluded:
+            others = [name for name in STRATEGIES if name not in excluded]
             raise ValueError(
-                f"section lisa excludes training.method={self.training.method}. "
-                "Set training.method=lisa, or drop it: lisa=null"
+                f"training.method={self.training.method} excludes training.strategy={self.strategy}: "
+                f"{excluded[self.strategy]}. It runs on {', '.join(others)}"
             )
         return self
 
@@ -120,8 +125,13 @@ class TrainConfig(Section):
         return self
 
     @property
+    def method(self) -> MethodRow:
+        """What there is to know about `training.method`."""
+        return METHODS[self.training.method]
+
+    @property
     def lora_or_default(self) -> LoraSection:
-        """The LoRA settings in force when `training.method` is `lora`."""
+        """The LoRA settings in force when `training.method` is `lora` or `qlora`."""
         return self.lora or LoraSection()
 
     @property

@@ -59,9 +59,10 @@ def structure_of(section: ModelSection) -> Any:
             raise ModelError(section.path, f"cannot be loaded: {_first_line(error)}", "Check model.path.") from None
 
 
-def load_as_stored(section: ModelSection) -> Any:
-    """A causal language model on the CPU with its weights in the type they are stored in. Raises ModelError."""
-    return _load(section, dtype="auto")
+def load_as_stored(section: ModelSection, **options: Any) -> Any:
+    """A causal language model on the CPU with its weights in the type they are stored in. options: further arguments
+    of `from_pretrained`. Raises ModelError."""
+    return _load(section, dtype="auto", **options)
 
 
 def _load(section: ModelSection, **options: Any) -> Any:

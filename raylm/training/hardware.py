@@ -6,6 +6,7 @@ import time
 import torch
 
 from raylm.models.processor import has_native_bf16
+from raylm.models.quantize import num_elements
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -47,7 +48,7 @@ def keep_freed_memory() -> None:
 def matrix_parameters(module: torch.nn.Module) -> int:
     """Elements of all matrices (embedding and output layer counted once when tied): 6 times this is what a token
     costs in a forward and backward pass by the usual rule."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+    return sum(num_elements(parameter) for parameter in module.parameters() if parameter.ndim >= 2)
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:

@@ -79,7 +79,7 @@ def run_training(config: TrainConfig) -> TrainResult:
     return TrainResult(
         run_dir=str(run.path),
         export_dir=str(run.export) if exported else None,
-        adapter_dir=str(run.adapter) if exported and config.training.method == "lora" else None,
+        adapter_dir=str(run.adapter) if exported and config.method.adapter else None,
         steps=read_meta(newest).step if newest else plan.num_steps,
         stopped=stopped,
         metrics=final_figures(run.path),
@@ -152,6 +152,7 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.models.adapters import check_lora, check_new_rows
     from raylm.models.folder import as_folder
     from raylm.models.load import check_max_seq_len, load_config, structure_of
+    from raylm.models.quantize import check_bitsandbytes, check_quantizable
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
 
@@ -162,8 +163,13 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)
-    if config.training.method == "lora":
-        check_lora(structure_of(section), config.lora_or_default)
+    if config.method.quantized:
+        check_bitsandbytes()
+    if config.method.adapter:
+        structure = structure_of(section)
+        check_lora(structure, config.lora_or_default)
+        if config.method.quantized:
+            check_quantizable(structure)
     if config.strategy == "deepspeed":
         deepspeed_config(config, hidden_size=model_config.get_text_config().hidden_size)
     if config.training.method == "lisa":
@@ -260,7 +266,7 @@ def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, 
         "schedule": tree["schedule"],
         "loss": tree["loss"],
         "lisa": config.lisa_or_default.model_dump(mode="json") if config.training.method == "lisa" else None,
-        "lora": config.lora_or_default.model_dump(mode="json") if config.training.method == "lora" else None,
+        "lora": config.lora_or_default.model_dump(mode="json") if config.method.adapter else None,
         "data (its rows)": hashlib.sha256(store.lengths.tobytes() + str(report.loss_tokens).encode()).hexdigest(),
     }
     return dict(json.loads(json.dumps(identity)))

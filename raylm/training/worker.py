@@ -14,7 +14,7 @@ from raylm.config.deepspeed import deepspeed_config
 from raylm.data.stream import MicroBatch
 from raylm.data.templates.table import AUTO, chat_template
 from raylm.data.tokenizer import load_tokenizer
-from raylm.models.adapters import add_lora, add_new_rows, base_of, merged
+from raylm.models.adapters import merged
 from raylm.models.export import export_adapter, export_model, storage_dtype
 from raylm.models.folder import as_folder
 from raylm.models.load import load_model
@@ -34,6 +34,7 @@ from raylm.training.lisa import Lisa
 from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
 from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
 from raylm.training.module import LossModule, check_model
+from raylm.training.prepare import load_base, prepared
 from raylm.training.run_dir import RunDir
 from raylm.training.state import restore_weights
 from raylm.training.stopping import DESCRIPTIONS, Patience, Stop, Watch
@@ -80,9 +81,9 @@ def run_worker(
     if events:
         events.write("loading the model")
     precision = resolve_precision(config.training.precision, device)
-    model = load_model(config.model, device)
+    model = load_base(config, device, precision)
     tokenizer, end_token = _tokenizer_and_end(config)
-    module = LossModule(_prepared(model, config), config.loss)
+    module = LossModule(prepared(model, config), config.loss)
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
     strategy: Strategy = strategy_class(config.strategy)(
@@ -117,7 +118,8 @@ def run_worker(
     if rank == 0 and config.export.enabled and stop != Stop.REQUESTED:
         assert events is not None
         events.write("exporting")
-        _export(job, module.model if strategy.holds_whole_weights else _rebuilt(job), tokenizer, end_token)
+        whole = strategy.holds_whole_weights and not config.method.quantized
+        _export(job, module.model if whole else _rebuilt(job), tokenizer, end_token)
 
 
 def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Callable[[int], None]:
@@ -260,17 +262,6 @@ def epoch_at(steps_per_epoch: tuple[int, ...], step: int) -> float:
     return float(len(steps_per_epoch))
 
 
-def _prepared(model: Any, config: TrainConfig) -> Any:
-    if config.training.method == "lora":
-        model = add_lora(model, config.lora_or_default, seed=config.run.seed)
-    elif config.training.method == "new_rows":
-        model = add_new_rows(model)
-    if config.training.gradient_checkpointing:
-        base = base_of(model)
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
 def _strategy_section(config: TrainConfig, model: Any) -> Any:
     if config.strategy == "deepspeed":
         return deepspeed_config(config, hidden_size=model.config.get_text_config().hidden_size)
@@ -302,10 +293,11 @@ def _tokenizer_and_end(config: TrainConfig) -> tuple[Any, str | None]:
 
 
 def _rebuilt(job: WorkerJob) -> Any:
-    """The trained model on the CPU, from the base and the last checkpoint: no rank of a sharded run holds it."""
+    """The trained model on the CPU, from the base as it is stored and the last checkpoint: no rank of a sharded run
+    holds it, and one of a quantised run only what its weights became."""
     newest = newest_checkpoint(job.run.checkpoints)
     assert newest is not None, "a run ends with a checkpoint"
-    model = _prepared(load_model(job.config.model, torch.device("cpu")), job.config)
+    model = prepared(load_model(job.config.model, torch.device("cpu")), job.config)
     restore_weights(LossModule(model).trainable(), load_state(newest, read_meta(newest)))
     return model
 
@@ -313,9 +305,9 @@ def _rebuilt(job: WorkerJob) -> Any:
 def _export(job: WorkerJob, model: Any, tokenizer: Any, end_token: str | None) -> None:
     config = job.config
     dtype = storage_dtype(config.export.dtype, _stored_config(config))
-    if config.training.method == "lora":
+    if config.method.adapter:
         export_adapter(model, tokenizer, job.run.adapter)
-    if config.training.method in ("lora", "new_rows"):
+    if config.method.merges:
         model = merged(model)
     export_model(model, tokenizer, job.run.export, dtype=dtype, end_token=end_token)
 
