@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 ExportDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 
@@ -29,8 +29,9 @@ class TrainingSection(Section):
     micro_batch_size: int = Field(1, ge=1)
     """Packed rows per rank and forward."""
     precision: Precision = "auto"
-    """`bf16` is autocast over fp32 master weights; `auto` is bf16 where the processor multiplies it natively (GPUs
-    of 2020 and later, CPUs with AMX or AVX512-BF16), else fp32."""
+    """`bf16` is autocast over fp32 master weights; `fp16` the same with dynamic loss scaling, on GPUs; `auto` is bf16
+    where the processor multiplies it natively (GPUs of 2020 and later, CPUs with AMX or AVX512-BF16), else fp16 on other
+    GPUs (fp32 with `deepspeed`) and fp32 on other CPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     resume: str | None = None

@@ -95,6 +95,18 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def fp16_has_a_gpu_and_loss_scaling(self) -> Self:
+        if self.training.precision == "fp16":
+            if self.cluster.use_gpu is False:
+                raise ValueError("training.precision=fp16 excludes cluster.use_gpu=false. Set training.precision=auto")
+            if self.strategy == "deepspeed":
+                raise ValueError(
+                    "training.precision=fp16 excludes training.strategy=deepspeed, which would scale the loss by itself. "
+                    "Set training.precision=bf16 or fp32, or training.strategy=fsdp"
+                )
+        return self
+
+    @model_validator(mode="after")
     def fsdp_settings_go_with_the_fsdp_strategy(self) -> Self:
         if self.fsdp is not None and self.training.strategy != "fsdp":
             raise ValueError(

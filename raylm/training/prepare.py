@@ -8,14 +8,13 @@ from raylm.config import TrainConfig
 from raylm.models.adapters import add_lora, add_new_rows, base_of
 from raylm.models.load import load_model
 from raylm.models.quantize import load_quantized
-
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from raylm.training.hardware import DTYPES
 
 
 def load_base(config: TrainConfig, device: torch.device, precision: str) -> Any:
     """The base model on `device`. precision: that of a step, in which NF4 weights are multiplied. Raises ModelError."""
     if config.method.quantized:
-        return load_quantized(config.model, device, compute_dtype=COMPUTE_DTYPES[precision])
+        return load_quantized(config.model, device, compute_dtype=DTYPES[precision])
     return load_model(config.model, device)
 
 

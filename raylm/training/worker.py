@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
 from raylm.training.module import LossModule, check_model
 from raylm.training.prepare import load_base, prepared
 from raylm.training.run_dir import RunDir
+from raylm.training.scaling import LossScaler
 from raylm.training.state import restore_weights
 from raylm.training.stopping import DESCRIPTIONS, Patience, Stop, Watch
 from raylm.training.strategies.base import Strategy
@@ -80,7 +82,9 @@ def run_worker(
     events = EventsWriter(job.run.path) if rank == 0 else None
     if events:
         events.write("loading the model")
-    precision = resolve_precision(config.training.precision, device)
+    loss_scaling = config.strategy != "deepspeed"
+    precision = resolve_precision(config.training.precision, device, loss_scaling=loss_scaling)
+    scaler = LossScaler() if precision == "fp16" else None
     model = load_base(config, device, precision)
     tokenizer, end_token = _tokenizer_and_end(config)
     module = LossModule(prepared(model, config), config.loss)
@@ -92,8 +96,9 @@ def run_worker(
         device,
         _strategy_section(config, model),
     )
-    start_step = _restore(job, strategy) if job.start_from else 0
-    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report)
+    parts = [part for part in (scaler,) if part]
+    start_step = _restore(job, strategy, parts) if job.start_from else 0
+    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report, parts)
     try:
         stop = run_loop(
             strategy,
@@ -110,6 +115,7 @@ def run_worker(
             hooks,
             start_step=start_step,
             before_step=_switching(config, strategy, start_step) if config.training.method == "lisa" else None,
+            scaler=scaler,
         )
     finally:
         hooks.close()
@@ -162,7 +168,10 @@ class _WorkerHooks:
         start_step: int,
         events: EventsWriter | None,
         report: Callable[[dict[str, Any]], None],
+        parts: Sequence[Any],
     ) -> None:
+        """parts: what a checkpoint holds besides weights and optimizer state."""
+        self._parts = parts
         self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
         self._events, self._report = events, report
         self._writer: MetricsWriter | None = None
@@ -186,7 +195,7 @@ class _WorkerHooks:
         rate = result.tokens / result.seconds
         figures = {
             "train/loss": result.loss,
-            "train/grad_norm": result.grad_norm,
+            **({"train/grad_norm": result.grad_norm} if math.isfinite(result.grad_norm) else {}),
             "train/learning_rate": result.learning_rate,
             "train/epoch": epoch_at(self._job.steps_per_epoch, result.step),
             "train/tokens": result.tokens,
@@ -197,6 +206,8 @@ class _WorkerHooks:
             "train/data_wait_s": result.data_seconds,
             **{f"memory/{name}": value for name, value in memory_gib(self._strategy.device).items()},
         }
+        for part in self._parts:
+            figures |= part.figures()
         self._writer.write(result.step, figures)
 
     def evaluate(self, step: int) -> EvalResult | None:
@@ -224,6 +235,8 @@ class _WorkerHooks:
         """See Hooks."""
         self._announce("saving", step=step, num_steps=self._job.num_steps)
         state = self._strategy.state()
+        for part in self._parts:
+            state |= part.state()
         if self._strategy.rank == 0:
             root, section = self._job.run.checkpoints, self._job.config.checkpoint
             meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
@@ -268,11 +281,14 @@ def _strategy_section(config: TrainConfig, model: Any) -> Any:
     return config.fsdp_or_default if config.strategy == "fsdp" else None
 
 
-def _restore(job: WorkerJob, strategy: Strategy) -> int:
+def _restore(job: WorkerJob, strategy: Strategy, parts: Sequence[Any]) -> int:
     assert job.start_from is not None
     meta = read_meta(job.start_from)
     check_identity(job.start_from, meta, job.identity)
-    strategy.load_state(load_state(job.start_from, meta))
+    state = load_state(job.start_from, meta)
+    strategy.load_state(state)
+    for part in parts:
+        part.load_state(state)
     return meta.step
 
 
