@@ -30,10 +30,14 @@ class TrainingSection(Section):
     """Packed rows per rank and forward."""
     precision: Precision = "auto"
     """`bf16` is autocast over fp32 master weights; `fp16` the same with dynamic loss scaling, on GPUs; `auto` is bf16
-    where the processor multiplies it natively (GPUs of 2020 and later, CPUs with AMX or AVX512-BF16), else fp16 on other
-    GPUs (fp32 with `deepspeed`) and fp32 on other CPUs."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    where the processor multiplies it natively (GPUs of 2020 and later, CPUs with AMX or AVX512-BF16), else fp16 on
+    other GPUs (fp32 with `deepspeed`) and fp32 on other CPUs."""
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = False
+    """Recompute activations in the backward pass: less memory, about a third more time. A number n does it in every
+    n-th decoder block only, from the first on."""
+    compile: bool = False
+    """Compile each decoder block (torch.compile, inductor): steps are faster after a first one of minutes. On CPUs it
+    needs a C++ compiler. Not with `deepspeed` or `qlora`."""
     resume: str | None = None
     """`auto` continues from the newest complete checkpoint of `run.dir`; a path names one."""
     eval_interval_steps: Annotated[int, Field(ge=1)] | None = None

@@ -101,9 +101,23 @@ class TrainConfig(Section):
                 raise ValueError("training.precision=fp16 excludes cluster.use_gpu=false. Set training.precision=auto")
             if self.strategy == "deepspeed":
                 raise ValueError(
-                    "training.precision=fp16 excludes training.strategy=deepspeed, which would scale the loss by itself. "
+                    "training.precision=fp16 excludes training.strategy=deepspeed, which has loss scaling of its own. "
                     "Set training.precision=bf16 or fp32, or training.strategy=fsdp"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def compiled_blocks_exclude_what_cannot_be_compiled(self) -> Self:
+        if self.training.compile and self.strategy == "deepspeed":
+            raise ValueError(
+                "training.compile=true excludes training.strategy=deepspeed, which gathers weights within a block. "
+                "Set training.strategy=fsdp, or drop it"
+            )
+        if self.training.compile and self.method.quantized:
+            raise ValueError(
+                f"training.compile=true excludes training.method={self.training.method}: the 4-bit products are not "
+                "traced. Set training.method=lora, or drop it"
+            )
         return self
 
     @model_validator(mode="after")

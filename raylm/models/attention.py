@@ -51,9 +51,12 @@ def packed_arguments(seq_lengths: Tensor, implementation: str, device: torch.dev
     longest = int(seq_lengths.max())
     if implementation != SEGMENTS:  # which reads the borders on the CPU; flash-attention's kernel wants them beside q
         borders = borders.to(device)
+    if implementation == SEGMENTS:
+        return {"cu_seq_lens_q": borders}  # a compiled block would be compiled anew for each longest sequence
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
 
 
+@torch.compiler.disable
 def segments_attention(
     module: torch.nn.Module,
     query: Tensor,

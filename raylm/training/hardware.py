@@ -9,7 +9,6 @@ from raylm.errors import ConfigError
 from raylm.models.processor import has_native_bf16
 from raylm.models.quantize import num_elements
 
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The type in which each precision multiplies."""
 

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 
 from raylm.config import TrainConfig
+from raylm.errors import ConfigError
 from raylm.models.adapters import add_lora, add_new_rows, base_of
+from raylm.models.blocks import decoder_blocks
 from raylm.models.load import load_model
 from raylm.models.quantize import load_quantized
 from raylm.training.hardware import DTYPES
@@ -26,5 +28,34 @@ def prepared(model: Any, config: TrainConfig) -> Any:
         model = add_new_rows(model)
     if config.training.gradient_checkpointing:
         base = base_of(model)
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.gradient_checkpointing_enable(
+            {"use_reentrant": False}, every_n_layers=int(config.training.gradient_checkpointing)
+        )
+    if config.training.compile:
+        compile_blocks(model)
     return model
+
+
+def compile_blocks(model: Any) -> None:
+    """Compiles the forward of each decoder block, once for all numbers of tokens.
+
+    Names, hooks and what wraps a block stay outside of what is compiled. Attention one sequence at a time is run as it
+    is: its number of products is that of the sequences (models/attention.py).
+    """
+    for block in decoder_blocks(model):
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def check_compiler() -> None:
+    """Raises ConfigError where inductor has no C++ compiler, which it needs on CPUs."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ConfigError(
+            "training.compile",
+            "no C++ compiler was found on this machine.",
+            "Install g++, or set training.compile=false.",
+        ) from None

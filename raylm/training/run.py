@@ -158,6 +158,7 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.models.quantize import check_bitsandbytes, check_quantizable
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
+    from raylm.training.prepare import check_compiler
 
     if config.training.resume not in (None, "auto"):
         read_meta(Path(str(config.training.resume)).expanduser().resolve())
@@ -166,6 +167,8 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)
+    if config.training.compile:
+        check_compiler()
     if config.method.quantized:
         check_bitsandbytes()
     if config.method.adapter:

@@ -1,8 +1,8 @@
 """Dynamic loss scaling for fp16 steps: torch.amp.GradScaler's rules, for gradients that may be cut among ranks.
 
-The scaled loss lifts small gradients into fp16's range. Gradients are unscaled before they are clipped, and a step whose
-gradient norm is not finite is passed over with a smaller scale. The norm is that of all ranks, so all of them agree
-without a collective of their own; torch's class looks at the local gradients only.
+The scaled loss lifts small gradients into fp16's range. Gradients are unscaled before they are clipped, and a step
+whose gradient norm is not finite is passed over, with a smaller scale from then on. The norm is that of all ranks, so
+all of them agree without a collective of their own; torch's class looks at the local gradients only.
 """
 
 import math

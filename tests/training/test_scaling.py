@@ -1,6 +1,7 @@
 """Loss scaling against torch.amp.GradScaler on the CPU, whose autocast does fp16 too."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def test_it_is_torchs_scaler(tiny_model_dir: Path) -> None:
     strategy = _single(tiny_model_dir)
     found = _run(strategy, _scaler(), range(STEPS))
     assert [scale for scale, _ in found] == scales
-    assert found[-1][1] == sum(after < before for before, after in zip([INITIAL, *scales], scales, strict=False)) > 2
-    assert any(after > before for before, after in zip(scales, scales[1:], strict=False)), "it grows again"
+    assert found[-1][1] == sum(after < before for before, after in pairwise([INITIAL, *scales])) > 2
+    assert any(after > before for before, after in pairwise(scales)), "it grows again"
     for name, parameter in strategy.module.trainable():
         assert torch.equal(parameter, weights[name])
     half, first = _single(tiny_model_dir), _scaler()
