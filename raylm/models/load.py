@@ -42,10 +42,20 @@ def check_max_seq_len(section: ModelSection, model_config: Any, max_seq_len: int
 
 def load_model(section: ModelSection, device: torch.device) -> Any:
     """A causal language model in fp32 on `device`, ready for packed rows. Raises ModelError."""
-    attention = resolve_attention(section.attention, device)
-    model = _load(section, dtype=torch.float32, attn_implementation=attention)
+    model = _load(section, dtype=torch.float32, attn_implementation=attention_of(section, device))
     model.config.use_cache = False
     return model.to(device)
+
+
+def attention_of(section: ModelSection, device: torch.device) -> str:
+    """The transformers name of the attention that a model is loaded with. Raises ModelError."""
+    if device.type == "cpu":
+        return resolve_attention(section.attention, device)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_config(section)), None)
+    supports_flex = bool(getattr(kind, "_supports_flex_attn", False))
+    return resolve_attention(section.attention, device, supports_flex=supports_flex)
 
 
 def structure_of(section: ModelSection) -> Any:

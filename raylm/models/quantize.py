@@ -14,9 +14,8 @@ from torch import nn
 
 from raylm.config.sections import ModelSection
 from raylm.errors import ModelError
-from raylm.models.attention import resolve_attention
 from raylm.models.blocks import decoder_blocks
-from raylm.models.load import load_as_stored
+from raylm.models.load import attention_of, load_as_stored
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def load_quantized(section: ModelSection, device: torch.device, *, compute_dtype
 
     The host holds its weights as they are stored, one matrix at a time goes to the device. Raises ModelError.
     """
-    model = load_as_stored(section, attn_implementation=resolve_attention(section.attention, device))
+    model = load_as_stored(section, attn_implementation=attention_of(section, device))
     model.config.use_cache = False
     quantize_blocks(model, device, compute_dtype=compute_dtype)
     return model.float().to(device)
