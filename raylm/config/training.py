@@ -35,6 +35,9 @@ class TrainingSection(Section):
     gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = False
     """Recompute activations in the backward pass: less memory, about a third more time. A number n does it in every
     n-th decoder block only, from the first on."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are, by patterns of their names, such as `embed_tokens` or `layers.0.`; `*` stands
+    for any text. A pattern that no name holds is an error. For `full` and `lisa`."""
     compile: bool = False
     """Compile each decoder block (torch.compile, inductor): steps are faster after a first one of minutes. On CPUs it
     needs a C++ compiler. Not with `deepspeed` or `qlora`."""

@@ -95,6 +95,16 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def what_can_be_frozen_would_be_trained(self) -> Self:
+        if self.training.freeze and not self.method.freezes:
+            able = " or ".join(name for name, row in METHODS.items() if row.freezes)
+            raise ValueError(
+                f"training.freeze excludes training.method={self.training.method}, which trains none of those. "
+                f"Set training.method={able}, or drop it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def fp16_has_a_gpu_and_loss_scaling(self) -> Self:
         if self.training.precision == "fp16":
             if self.cluster.use_gpu is False:

@@ -160,7 +160,7 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.models.quantize import check_bitsandbytes, check_quantizable
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
-    from raylm.training.prepare import check_compiler
+    from raylm.training.prepare import check_compiler, freeze
 
     if config.training.resume not in (None, "auto"):
         read_meta(Path(str(config.training.resume)).expanduser().resolve())
@@ -178,6 +178,8 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
         check_lora(structure, config.lora_or_default)
         if config.method.quantized:
             check_quantizable(structure)
+    if config.training.freeze:
+        freeze(structure_of(section), config.training.freeze)
     if config.strategy == "deepspeed":
         deepspeed_config(config, hidden_size=model_config.get_text_config().hidden_size)
     if config.training.method == "lisa":
@@ -269,6 +271,7 @@ def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, 
         "data.loss_on": tree["data"]["loss_on"],
         "data.train (weights)": [source["weight"] for source in tree["data"]["train"]],
         "training.method": tree["training"]["method"],
+        "training.freeze": tree["training"]["freeze"] or None,
         "training.global_batch_size": tree["training"]["global_batch_size"],
         "optimizer": tree["optimizer"],
         "schedule": tree["schedule"],
