@@ -58,5 +58,5 @@ def test_patterns_that_cannot_be_meant_are_refused(tiny_model_dir: Path, tmp_pat
         freeze(structure, ["norm", "h.0."])
     with pytest.raises(ModelError, match="leaves nothing to train"):
         freeze(structure, ["model."])
-    with pytest.raises(ConfigError, match="excludes training.method=lora, which trains none"):
+    with pytest.raises(ConfigError, match=r"excludes training\.method=lora, which trains none"):
         make_config(tiny_model_dir, tmp_path, "training.freeze=[norm]", "training.method=lora")
