@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 
-Attention = Literal["auto", "segments", "sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "segments", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
 
 
 class RunSection(Section):
@@ -53,8 +53,9 @@ class ModelSection(Section):
     rope: RopeSection | None = None
     """Position interpolation. Without it the model's own scaling is kept."""
     attention: Attention = "auto"
-    """How packed sequences attend: `auto` takes flash_attention_2 on a GPU that has it, else `segments` (SDPA one
-    sequence at a time); `sdpa` and `eager` use a block-diagonal mask."""
+    """How packed sequences attend: `auto` takes flash_attention_3 or 2 on a GPU where the package is installed, else
+    `flex_attention` there; `segments` (SDPA one sequence at a time) on CPUs and for models without it. `sdpa` and
+    `eager` use a block-diagonal mask. The log says which it is."""
 
 
 class ClusterSection(Section):

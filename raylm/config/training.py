@@ -6,16 +6,17 @@ from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 ExportDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 class TrainingSection(Section):
     """The step and how often it is taken."""
 
-    method: Literal["full", "lora", "lisa", "new_rows"] = "full"
-    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `lisa` a few decoder blocks at a
-    time (section `lisa`), `new_rows` only the rows of embedding and output layer that `raylm vocab extend` added."""
+    method: Literal["full", "lora", "qlora", "lisa", "new_rows"] = "full"
+    """`full` changes all weights, `lora` trains low-rank adapters (section `lora`), `qlora` the same over decoder
+    blocks in 4 bits, `lisa` a few decoder blocks at a time (section `lisa`), `new_rows` only the rows of embedding and
+    output layer that `raylm vocab extend` added."""
     strategy: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"
     """How ranks share the work; `auto` is `single` for one worker and `ddp` for more. `fsdp` and `deepspeed` give each
     rank a part of the weights, gradients and optimizer state (sections `fsdp` and `deepspeed`)."""
@@ -28,10 +29,18 @@ class TrainingSection(Section):
     micro_batch_size: int = Field(1, ge=1)
     """Packed rows per rank and forward."""
     precision: Precision = "auto"
-    """`bf16` is autocast over fp32 master weights; `auto` is bf16 where the processor multiplies it natively (GPUs
-    of 2020 and later, CPUs with AMX or AVX512-BF16), else fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """`bf16` is autocast over fp32 master weights; `fp16` the same with dynamic loss scaling, on GPUs; `auto` is bf16
+    where the processor multiplies it natively (GPUs of 2020 and later, CPUs with AMX or AVX512-BF16), else fp16 on
+    other GPUs (fp32 with `deepspeed`) and fp32 on other CPUs."""
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = False
+    """Recompute activations in the backward pass: less memory, about a third more time. A number n does it in every
+    n-th decoder block only, from the first on."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are, by patterns of their names, such as `embed_tokens` or `layers.0.`; `*` stands
+    for any text. A pattern that no name holds is an error. For `full` and `lisa`."""
+    compile: bool = False
+    """Compile each decoder block (torch.compile, inductor): steps are faster after a first one of minutes. On CPUs it
+    needs a C++ compiler. Not with `deepspeed` or `qlora`."""
     resume: str | None = None
     """`auto` continues from the newest complete checkpoint of `run.dir`; a path names one."""
     eval_interval_steps: Annotated[int, Field(ge=1)] | None = None
@@ -98,7 +107,7 @@ class ScheduleSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters (arXiv:2106.09685), through PEFT. Used when `training.method` is `lora`."""
+    """Low-rank adapters (arXiv:2106.09685), through PEFT. Used when `training.method` is `lora` or `qlora`."""
 
     rank: int = Field(16, ge=1)
     """Rank of the update."""

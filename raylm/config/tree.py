@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from raylm.config.base import Section
 from raylm.config.data import DataSection
+from raylm.config.methods import METHODS, STRATEGIES, MethodRow
 from raylm.config.metrics import MetricsSection
 from raylm.config.sections import ClusterSection, ModelSection, RunSection
 from raylm.config.training import (
@@ -77,20 +78,60 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def lora_settings_go_with_the_lora_method(self) -> Self:
-        if self.lora is not None and self.training.method != "lora":
+    def settings_of_a_method_go_with_it(self) -> Self:
+        for section in ("lora", "lisa"):
+            users = [name for name, row in METHODS.items() if row.section == section]
+            if getattr(self, section) is not None and self.training.method not in users:
+                raise ValueError(
+                    f"section {section} excludes training.method={self.training.method}. "
+                    f"Set training.method={' or '.join(users)}, or drop it: {section}=null"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def strategy_runs_the_method(self) -> Self:
+        excluded = self.method.excluded
+        if self.strategy in excluded:
+            others = [name for name in STRATEGIES if name not in excluded]
             raise ValueError(
-                f"section lora excludes training.method={self.training.method}. "
-                "Set training.method=lora, or drop it: lora=null"
+                f"training.method={self.training.method} excludes training.strategy={self.strategy}: "
+                f"{excluded[self.strategy]}. It runs on {', '.join(others)}"
             )
         return self
 
     @model_validator(mode="after")
-    def lisa_settings_go_with_the_lisa_method(self) -> Self:
-        if self.lisa is not None and self.training.method != "lisa":
+    def what_can_be_frozen_would_be_trained(self) -> Self:
+        if self.training.freeze and not self.method.freezes:
+            able = " or ".join(name for name, row in METHODS.items() if row.freezes)
             raise ValueError(
-                f"section lisa excludes training.method={self.training.method}. "
-                "Set training.method=lisa, or drop it: lisa=null"
+                f"training.freeze excludes training.method={self.training.method}, which trains none of those. "
+                f"Set training.method={able}, or drop it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def fp16_has_a_gpu_and_loss_scaling(self) -> Self:
+        if self.training.precision == "fp16":
+            if self.cluster.use_gpu is False:
+                raise ValueError("training.precision=fp16 excludes cluster.use_gpu=false. Set training.precision=auto")
+            if self.strategy == "deepspeed":
+                raise ValueError(
+                    "training.precision=fp16 excludes training.strategy=deepspeed, which has loss scaling of its own. "
+                    "Set training.precision=bf16 or fp32, or training.strategy=fsdp"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def compiled_blocks_exclude_what_cannot_be_compiled(self) -> Self:
+        if self.training.compile and self.strategy == "deepspeed":
+            raise ValueError(
+                "training.compile=true excludes training.strategy=deepspeed, which gathers weights within a block. "
+                "Set training.strategy=fsdp, or drop it"
+            )
+        if self.training.compile and self.method.quantized:
+            raise ValueError(
+                f"training.compile=true excludes training.method={self.training.method}: the 4-bit products are not "
+                "traced. Set training.method=lora, or drop it"
             )
         return self
 
@@ -125,8 +166,13 @@ class TrainConfig(Section):
         return self
 
     @property
+    def method(self) -> MethodRow:
+        """What there is to know about `training.method`."""
+        return METHODS[self.training.method]
+
+    @property
     def lora_or_default(self) -> LoraSection:
-        """The LoRA settings in force when `training.method` is `lora`."""
+        """The LoRA settings in force when `training.method` is `lora` or `qlora`."""
         return self.lora or LoraSection()
 
     @property

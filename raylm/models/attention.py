@@ -7,6 +7,8 @@ length). The price is a Python call for each sequence and layer.
 """
 
 import importlib.util
+import logging
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,42 +20,94 @@ from raylm.errors import ModelError
 
 SEGMENTS = "raylm_segments"
 
+logger = logging.getLogger(__name__)
 
-def resolve_attention(name: str, device: torch.device) -> str:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRow:
+    """What an implementation needs. not_on_cpu: why it does not train there; package: import name of its kernels;
+    capability: least compute capability of the GPU."""
+
+    not_on_cpu: str = ""
+    package: str = ""
+    capability: int = 0
+
+
+ATTENTIONS = {
+    "segments": AttentionRow(),
+    "sdpa": AttentionRow(),
+    "eager": AttentionRow(),
+    "flex_attention": AttentionRow(not_on_cpu="PyTorch's FlexAttention has no backward pass on CPUs"),
+    "flash_attention_2": AttentionRow(not_on_cpu="its kernels are for CUDA", package="flash_attn"),
+    "flash_attention_3": AttentionRow(
+        not_on_cpu="its kernels are for CUDA", package="flash_attn_interface", capability=9
+    ),
+}
+BY_SPEED = ("flash_attention_3", "flash_attention_2", "flex_attention")
+"""What `auto` tries on a GPU before `segments`."""
+
+
+def check_attention(name: str, *, on_gpu: bool) -> None:
+    """Raises ModelError for an implementation that does not train on a CPU, where that is what there is."""
+    row = ATTENTIONS.get(name)
+    if row is not None and row.not_on_cpu and not on_gpu:
+        raise ModelError(
+            f"model.attention={name}", f"needs a CUDA device: {row.not_on_cpu}.", "Set model.attention=auto."
+        )
+
+
+def resolve_attention(name: str, device: torch.device, *, supports_flex: bool = True) -> str:
     """The transformers name of the implementation that `model.attention` asks for.
 
-    Raises ModelError when flash_attention_2 is asked for and cannot run.
+    supports_flex: the model's class runs FlexAttention. Raises ModelError when what is asked for cannot run, with the
+    reason.
     """
-    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    if name == "flash_attention_2" and not flash:
-        raise ModelError(
-            "model.attention=flash_attention_2",
-            "needs a CUDA device and the package flash-attn.",
-            "Install it, or set model.attention=auto.",
-        )
     if name == "auto":
-        name = "flash_attention_2" if flash else "segments"
+        name = next((row for row in BY_SPEED if not _missing(row, device, supports_flex)), "segments")
+    check_attention(name, on_gpu=device.type == "cuda")
+    missing = _missing(name, device, supports_flex)
+    if missing:
+        raise ModelError(f"model.attention={name}", f"needs {missing}.", "Set model.attention=auto.")
+    logger.info("attention: %s", name)
     if name == "segments":
         _register()
         return SEGMENTS
     return name
 
 
+def _missing(name: str, device: torch.device, supports_flex: bool) -> str:
+    """What an implementation lacks here; empty where it runs."""
+    row = ATTENTIONS[name]
+    if row.not_on_cpu and device.type != "cuda":
+        return "a CUDA device"
+    if row.package and importlib.util.find_spec(row.package) is None:
+        return f"the package {row.package}"
+    if row.capability and torch.cuda.get_device_capability(device)[0] < row.capability:
+        return f"a GPU of compute capability {row.capability}.0"
+    if name == "flex_attention" and not supports_flex:
+        return "a model class that transformers runs with it"
+    return ""
+
+
 def packed_arguments(seq_lengths: Tensor, implementation: str, device: torch.device) -> dict[str, Any]:
     """What a transformers model needs besides input_ids and position_ids to keep packed sequences apart.
 
-    seq_lengths: (s,) int64 tokens of each sequence, on the CPU. sdpa and eager find the borders in position_ids.
+    seq_lengths: (s,) int64 tokens of each sequence, on the CPU. sdpa, eager and flex_attention build a mask of blocks
+    from position_ids, which begin anew in each.
     """
-    if implementation in ("sdpa", "eager"):
+    if implementation in ("sdpa", "eager", "flex_attention"):
         return {}
     borders = torch.zeros(len(seq_lengths) + 1, dtype=torch.int32)
     torch.cumsum(seq_lengths, 0, out=borders[1:])
     longest = int(seq_lengths.max())
     if implementation != SEGMENTS:  # which reads the borders on the CPU; flash-attention's kernel wants them beside q
         borders = borders.to(device)
+    if implementation == SEGMENTS:
+        return {"cu_seq_lens_q": borders}  # a compiled block would be compiled anew for each longest sequence
     return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
 
 
+@torch.compiler.disable
 def segments_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -42,10 +42,20 @@ def check_max_seq_len(section: ModelSection, model_config: Any, max_seq_len: int
 
 def load_model(section: ModelSection, device: torch.device) -> Any:
     """A causal language model in fp32 on `device`, ready for packed rows. Raises ModelError."""
-    attention = resolve_attention(section.attention, device)
-    model = _load(section, dtype=torch.float32, attn_implementation=attention)
+    model = _load(section, dtype=torch.float32, attn_implementation=attention_of(section, device))
     model.config.use_cache = False
     return model.to(device)
+
+
+def attention_of(section: ModelSection, device: torch.device) -> str:
+    """The transformers name of the attention that a model is loaded with. Raises ModelError."""
+    if device.type == "cpu":
+        return resolve_attention(section.attention, device)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_config(section)), None)
+    supports_flex = bool(getattr(kind, "_supports_flex_attn", False))
+    return resolve_attention(section.attention, device, supports_flex=supports_flex)
 
 
 def structure_of(section: ModelSection) -> Any:
@@ -59,9 +69,10 @@ def structure_of(section: ModelSection) -> Any:
             raise ModelError(section.path, f"cannot be loaded: {_first_line(error)}", "Check model.path.") from None
 
 
-def load_as_stored(section: ModelSection) -> Any:
-    """A causal language model on the CPU with its weights in the type they are stored in. Raises ModelError."""
-    return _load(section, dtype="auto")
+def load_as_stored(section: ModelSection, **options: Any) -> Any:
+    """A causal language model on the CPU with its weights in the type they are stored in. options: further arguments
+    of `from_pretrained`. Raises ModelError."""
+    return _load(section, dtype="auto", **options)
 
 
 def _load(section: ModelSection, **options: Any) -> Any:

@@ -5,20 +5,43 @@ import time
 
 import torch
 
+from raylm.errors import ConfigError
 from raylm.models.processor import has_native_bf16
+from raylm.models.quantize import num_elements
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The type in which each precision multiplies."""
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`training.precision` with auto resolved: bf16 where the processor multiplies it natively, else fp32."""
+def resolve_precision(name: str, device: torch.device, *, loss_scaling: bool = True) -> str:
+    """`training.precision` with auto resolved: bf16 where the processor multiplies it natively, else fp16 on a GPU with
+    a strategy that does loss scaling, else fp32.
+
+    Raises ConfigError for fp16 on a CPU.
+    """
+    if name == "fp16":
+        check_fp16(on_gpu=device.type == "cuda")
     if name != "auto":
         return name
-    return "bf16" if has_native_bf16(device) else "fp32"
+    if has_native_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" and loss_scaling else "fp32"
+
+
+def check_fp16(*, on_gpu: bool) -> None:
+    """Raises ConfigError for fp16 steps on a CPU."""
+    if not on_gpu:
+        raise ConfigError(
+            "training.precision",
+            "fp16 is for GPUs: CPUs multiply it slowly, and bf16 or fp32 need no loss scaling.",
+            "Set training.precision=auto.",
+        )
 
 
 @torch.no_grad()
 def matmul_peak_flops(precision: str, device: torch.device, *, size: int = 1024, repeats: int = 5) -> float:
     """Floating-point operations per second of a square matrix product, best of some: the peak that MFU refers to."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     size = size if device.type == "cpu" else 8192
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -47,7 +70,7 @@ def keep_freed_memory() -> None:
 def matrix_parameters(module: torch.nn.Module) -> int:
     """Elements of all matrices (embedding and output layer counted once when tied): 6 times this is what a token
     costs in a forward and backward pass by the usual rule."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+    return sum(num_elements(parameter) for parameter in module.parameters() if parameter.ndim >= 2)
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:

@@ -16,6 +16,8 @@ from raylm.config.training import ScheduleSection
 from raylm.errors import TrainingError
 from raylm.optim.schedules import learning_rate_factor
 from raylm.training.batch import Batch, empty_batch
+from raylm.training.hardware import DTYPES
+from raylm.training.scaling import LossScaler
 from raylm.training.stopping import Stop
 from raylm.training.strategies.base import Strategy
 
@@ -23,7 +25,8 @@ from raylm.training.strategies.base import Strategy
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Figures of one optimizer step over all ranks. loss: nats per label; tokens: all, loss_tokens: labels;
-    grad_norm: before clipping; seconds: wall time of the step, waiting for data included."""
+    grad_norm: before clipping, infinite for an fp16 step that was passed over; seconds: wall time of the step, waiting
+    for data included."""
 
     step: int
     loss: float
@@ -97,13 +100,14 @@ def run_loop(
     *,
     start_step: int = 0,
     before_step: Callable[[int], None] | None = None,
+    scaler: LossScaler | None = None,
 ) -> Stop:
     """Trains from `start_step` to the end, or until the hooks want a stop; returns why.
 
     steps: this rank's micro-batches of each global batch, in order.
 
     before_step: called on every rank with the number of the step (0-based) that is about to be taken.
-    Raises TrainingError before the update when loss or gradient is not finite.
+    scaler: of fp16 runs. Raises TrainingError before the update when loss or gradient is not finite.
     """
     base_rates = [group["lr"] for group in strategy.optimizer.param_groups]
     iterator: Iterator[Sequence[Batch]] = iter(steps)
@@ -128,6 +132,7 @@ def run_loop(
             precision=settings.precision,
             step=step + 1,
             alive=hooks.alive,
+            scaler=scaler,
         )
         seconds = time.perf_counter() - started
         rate = base_rates[0] * factor
@@ -152,11 +157,12 @@ def train_step(
     precision: str,
     step: int,
     alive: Callable[[str], None] = lambda doing: None,
+    scaler: LossScaler | None = None,
 ) -> tuple[float, float, int, int]:
     """One optimizer step over one global batch; returns loss per label, gradient norm, tokens and labels, of all ranks.
 
     Every loss-carrying token weighs the same, however packing, accumulation and ranks split the batch. Raises
-    TrainingError before the update when loss or gradient is not finite.
+    TrainingError before the update when loss or gradient is not finite; a scaler passes over such a gradient.
     """
     counts = torch.tensor(
         [sum(batch.num_tokens for batch in micro_batches), sum(batch.loss_tokens for batch in micro_batches)],
@@ -170,11 +176,15 @@ def train_step(
         with strategy.accumulate(last=index == len(micro_batches) - 1):  # around forward too: DDP decides there
             with autocast(precision, strategy.device):
                 loss = strategy.loss(batch.to(strategy.device))  # a sum, not a mean
-            strategy.backward(loss / loss_tokens)
+            strategy.backward(loss / loss_tokens * (scaler.scale if scaler else 1.0))
         loss_sum += loss.detach()
     mean_loss = float(strategy.sum_over_ranks(loss_sum)) / loss_tokens
     alive(f"takes step {step}")
+    if scaler:
+        scaler.unscale(strategy.optimizer)
     grad_norm = float(strategy.clip_grad_norm(max_grad_norm))
+    if scaler and math.isfinite(mean_loss) and not scaler.accepts(grad_norm, strategy.optimizer, step=step):
+        return mean_loss, math.inf, tokens, loss_tokens
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
         raise TrainingError(
             f"step {step}",
@@ -220,7 +230,7 @@ def _in_step(strategy: Strategy, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """The autocast context of a precision; none for fp32."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def _after_step(step: int, settings: LoopSettings, hooks: Hooks, stop: Stop) -> Stop:

@@ -65,9 +65,14 @@ def run_training(config: TrainConfig) -> TrainResult:
     events = EventsWriter(run.path)
     local_cpus = max(os.cpu_count() or 1, config.cluster.max_workers * (config.cluster.cpus_per_worker or 1) + 1)
     with watch_run(run.path), _session(config, local_cpus, events) as ray:
+        from raylm.models.attention import check_attention
+        from raylm.training.hardware import check_fp16
         from raylm.training.ray_trainer import TrainData, fit, plan_resources
 
         resources = plan_resources(config, ray.cluster_resources())
+        check_attention(config.model.attention, on_gpu=resources.use_gpu)
+        if config.training.precision == "fp16":
+            check_fp16(on_gpu=resources.use_gpu)
         clock.lap("start_ray")
         events.write("tokenising")
         store, report, evaluation = _prepare_data(config, tokenizer_source, run)
@@ -90,7 +95,7 @@ def run_training(config: TrainConfig) -> TrainResult:
     return TrainResult(
         run_dir=str(run.path),
         export_dir=str(run.export) if exported else None,
-        adapter_dir=str(run.adapter) if exported and config.training.method == "lora" else None,
+        adapter_dir=str(run.adapter) if exported and config.method.adapter else None,
         steps=read_meta(newest).step if newest else plan.num_steps,
         stopped=stopped,
         metrics=final_figures(run.path),
@@ -164,8 +169,10 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.models.adapters import check_lora, check_new_rows
     from raylm.models.folder import as_folder
     from raylm.models.load import check_max_seq_len, load_config, structure_of
+    from raylm.models.quantize import check_bitsandbytes, check_quantizable
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
+    from raylm.training.prepare import check_compiler, freeze
 
     check_sinks(config.metrics)
     resume = config.training.resume
@@ -176,8 +183,17 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)
-    if config.training.method == "lora":
-        check_lora(structure_of(section), config.lora_or_default)
+    if config.training.compile:
+        check_compiler()
+    if config.method.quantized:
+        check_bitsandbytes()
+    if config.method.adapter:
+        structure = structure_of(section)
+        check_lora(structure, config.lora_or_default)
+        if config.method.quantized:
+            check_quantizable(structure)
+    if config.training.freeze:
+        freeze(structure_of(section), config.training.freeze)
     if config.strategy == "deepspeed":
         deepspeed_config(config, hidden_size=model_config.get_text_config().hidden_size)
     if config.training.method == "lisa":
@@ -270,12 +286,13 @@ def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, 
         "data.loss_on": tree["data"]["loss_on"],
         "data.train (weights)": [source["weight"] for source in tree["data"]["train"]],
         "training.method": tree["training"]["method"],
+        "training.freeze": tree["training"]["freeze"] or None,
         "training.global_batch_size": tree["training"]["global_batch_size"],
         "optimizer": tree["optimizer"],
         "schedule": tree["schedule"],
         "loss": tree["loss"],
         "lisa": config.lisa_or_default.model_dump(mode="json") if config.training.method == "lisa" else None,
-        "lora": config.lora_or_default.model_dump(mode="json") if config.training.method == "lora" else None,
+        "lora": config.lora_or_default.model_dump(mode="json") if config.method.adapter else None,
         "data (its rows)": hashlib.sha256(store.lengths.tobytes() + str(report.loss_tokens).encode()).hexdigest(),
     }
     return dict(json.loads(json.dumps(identity)))

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from raylm.data.stream import MicroBatch
 from raylm.data.templates.table import AUTO, chat_template
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import CheckpointError
-from raylm.models.adapters import add_lora, add_new_rows, base_of, merged
+from raylm.models.adapters import merged
 from raylm.models.export import export_adapter, export_model, storage_dtype
 from raylm.models.folder import as_folder
 from raylm.models.load import load_model
@@ -34,9 +35,11 @@ from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, 
 from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
 from raylm.training.mirror import mirror_of
 from raylm.training.module import LossModule, check_model
+from raylm.training.prepare import load_base, prepared
 from raylm.training.pulse import EXIT_CODE, Pulse
 from raylm.training.run_dir import RunDir
-from raylm.training.state import restore_weights
+from raylm.training.scaling import LossScaler
+from raylm.training.state import Piece, restore_weights
 from raylm.training.stopping import DESCRIPTIONS, Patience, Stop, Watch
 from raylm.training.strategies.base import Strategy
 from raylm.training.strategies.table import strategy_class
@@ -84,10 +87,12 @@ def run_worker(
     write_host(job.run.path)
     if events:
         events.write("loading the model")
-    precision = resolve_precision(config.training.precision, device)
-    model = load_model(config.model, device)
+    loss_scaling = config.strategy != "deepspeed"
+    precision = resolve_precision(config.training.precision, device, loss_scaling=loss_scaling)
+    scaler = LossScaler() if precision == "fp16" else None
+    model = load_base(config, device, precision)
     tokenizer, end_token = _tokenizer_and_end(config)
-    module = LossModule(_prepared(model, config), config.loss)
+    module = LossModule(prepared(model, config), config.loss)
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
     if events:
@@ -100,8 +105,9 @@ def run_worker(
         device,
         _strategy_section(config, model, world_size),
     )
-    start_step = _restore(job, strategy) if job.start_from else 0
-    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away)
+    parts = [part for part in (scaler,) if part]
+    start_step = _restore(job, strategy, parts) if job.start_from else 0
+    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts)
     try:
         stop = run_loop(
             strategy,
@@ -124,6 +130,7 @@ def run_worker(
             hooks,
             start_step=start_step,
             before_step=_switching(config, strategy, start_step) if config.training.method == "lisa" else None,
+            scaler=scaler,
         )
         hooks.end()
     finally:
@@ -133,7 +140,8 @@ def run_worker(
     if rank == 0 and config.export.enabled and stop != Stop.REQUESTED:
         assert events is not None
         events.write("exporting")
-        _export(job, module.model if strategy.holds_whole_weights else _rebuilt(job), tokenizer, end_token)
+        whole = strategy.holds_whole_weights and not config.method.quantized
+        _export(job, module.model if whole else _rebuilt(job), tokenizer, end_token)
 
 
 def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Callable[[int], None]:
@@ -182,7 +190,10 @@ class _WorkerHooks:
         start_step: int,
         events: EventsWriter | None,
         node_goes_away: Callable[[], bool],
+        parts: Sequence[Any],
     ) -> None:
+        """parts: what a checkpoint holds besides weights and optimizer state."""
+        self._parts = parts
         self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
         self._events = events
         self._writer: MetricsWriter | None = None
@@ -237,7 +248,7 @@ class _WorkerHooks:
         rate = result.tokens / result.seconds
         figures = {
             "train/loss": result.loss,
-            "train/grad_norm": result.grad_norm,
+            **({"train/grad_norm": result.grad_norm} if math.isfinite(result.grad_norm) else {}),
             "train/learning_rate": result.learning_rate,
             "train/epoch": epoch_at(self._job.steps_per_epoch, result.step),
             "train/tokens": result.tokens,
@@ -248,6 +259,8 @@ class _WorkerHooks:
             "train/data_wait_s": result.data_seconds,
             **{f"memory/{name}": value for name, value in memory_gib(self._strategy.device).items()},
         }
+        for part in self._parts:
+            figures |= part.figures()
         self._writer.write(result.step, figures)
 
     def evaluate(self, step: int) -> EvalResult | None:
@@ -275,7 +288,11 @@ class _WorkerHooks:
         """See Hooks."""
         self._announce("saving", step=step, num_steps=self._job.num_steps)
         meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
-        self._checkpoints.save(self._strategy.pieces(), meta, last=step == self._job.num_steps)
+        pieces = self._strategy.pieces()
+        if self._strategy.rank == 0:
+            found = {name: tensor for part in self._parts for name, tensor in part.state().items()}
+            pieces |= {name: Piece(tensor, 0, tuple(tensor.shape)) for name, tensor in found.items()}
+        self._checkpoints.save(pieces, meta, last=step == self._job.num_steps)
         self._goes_on(step)
 
     def _goes_on(self, step: int) -> None:
@@ -315,17 +332,6 @@ def epoch_at(steps_per_epoch: tuple[int, ...], step: int) -> float:
     return float(len(steps_per_epoch))
 
 
-def _prepared(model: Any, config: TrainConfig) -> Any:
-    if config.training.method == "lora":
-        model = add_lora(model, config.lora_or_default, seed=config.run.seed)
-    elif config.training.method == "new_rows":
-        model = add_new_rows(model)
-    if config.training.gradient_checkpointing:
-        base = base_of(model)
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
 def _strategy_section(config: TrainConfig, model: Any, world_size: int) -> Any:
     if config.strategy == "deepspeed":
         hidden_size = model.config.get_text_config().hidden_size
@@ -339,11 +345,14 @@ def _token(strategy: Strategy) -> str:
     return f"{int(strategy.sum_over_ranks(torch.tensor(drawn, dtype=torch.int64, device=strategy.device))):015x}"
 
 
-def _restore(job: WorkerJob, strategy: Strategy) -> int:
+def _restore(job: WorkerJob, strategy: Strategy, parts: Sequence[Any]) -> int:
     assert job.start_from is not None
     meta = read_meta(job.start_from)
     check_identity(job.start_from, meta, job.identity)
-    strategy.load_state(open_state(job.start_from, meta, rank=strategy.rank, world_size=strategy.world_size))
+    state = open_state(job.start_from, meta, rank=strategy.rank, world_size=strategy.world_size)
+    strategy.load_state(state)
+    for part in parts:
+        part.load_state(state)
     return meta.step
 
 
@@ -364,10 +373,11 @@ def _tokenizer_and_end(config: TrainConfig) -> tuple[Any, str | None]:
 
 
 def _rebuilt(job: WorkerJob) -> Any:
-    """The trained model on the CPU, from the base and the last checkpoint: no rank of a sharded run holds it."""
+    """The trained model on the CPU, from the base as it is stored and the last checkpoint: no rank of a sharded run
+    holds it, and one of a quantised run only what its weights became."""
     newest = newest_checkpoint(job.run.checkpoints)
     assert newest is not None, "a run ends with a checkpoint"
-    model = _prepared(load_model(job.config.model, torch.device("cpu")), job.config)
+    model = prepared(load_model(job.config.model, torch.device("cpu")), job.config)
     restore_weights(LossModule(model).trainable(), open_state(newest, read_meta(newest)))
     return model
 
@@ -375,9 +385,9 @@ def _rebuilt(job: WorkerJob) -> Any:
 def _export(job: WorkerJob, model: Any, tokenizer: Any, end_token: str | None) -> None:
     config = job.config
     dtype = storage_dtype(config.export.dtype, _stored_config(config))
-    if config.training.method == "lora":
+    if config.method.adapter:
         export_adapter(model, tokenizer, job.run.adapter)
-    if config.training.method in ("lora", "new_rows"):
+    if config.method.merges:
         model = merged(model)
     export_model(model, tokenizer, job.run.export, dtype=dtype, end_token=end_token)
 

@@ -1,12 +1,14 @@
 """Packed attention against one sequence at a time (P01)."""
 
+import importlib.util
+
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
 from raylm.errors import ModelError
-from raylm.models.attention import packed_arguments, resolve_attention, segments_attention
+from raylm.models.attention import SEGMENTS, check_attention, packed_arguments, resolve_attention, segments_attention
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -35,11 +37,14 @@ def _hidden(model: torch.nn.Module, ids: list[torch.Tensor], implementation: str
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["segments", "sdpa", "eager", "flex_attention"])
 @torch.no_grad()
 def test_packed_equals_one_at_a_time(name: str, attention: str) -> None:
+    """FlexAttention has a forward on CPUs, no more."""
+    if (name, attention) == ("gpt2", "flex_attention"):
+        pytest.skip("transformers does not run GPT-2 with it")
     torch.manual_seed(0)
-    implementation = resolve_attention(attention, CPU)
+    implementation = attention if attention == "flex_attention" else resolve_attention(attention, CPU)
     packed = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=implementation).eval()
     plain = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
     plain.load_state_dict(packed.state_dict())
@@ -57,6 +62,47 @@ def test_score_capping_is_refused() -> None:
         segments_attention(torch.nn.Module(), states, states, states, None, softcap=50.0)
 
 
-def test_flash_attention_without_gpu_is_refused() -> None:
-    with pytest.raises(ModelError, match="needs a CUDA device"):
-        resolve_attention("flash_attention_2", CPU)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("flash_attention_2", "its kernels are for CUDA"),
+        ("flash_attention_3", "its kernels are for CUDA"),
+        ("flex_attention", "has no backward pass on CPUs"),
+    ],
+)
+def test_what_does_not_train_on_a_cpu_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(ModelError, match=f"needs a CUDA device: .*{reason}"):
+        resolve_attention(name, CPU)
+    with pytest.raises(ModelError, match=reason):
+        check_attention(name, on_gpu=False)
+    check_attention(name, on_gpu=True)
+    check_attention("auto", on_gpu=False)
+
+
+def test_the_choice_of_auto_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="raylm"):
+        assert resolve_attention("auto", CPU) == SEGMENTS
+    assert "attention: segments" in caplog.text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(ModelError, match=r"flash_attention_2: needs the package flash_attn\."):
+        resolve_attention("flash_attention_2", torch.device("cuda"))
+    assert resolve_attention("auto", torch.device("cuda")) == "flex_attention"
+    assert resolve_attention("auto", torch.device("cuda"), supports_flex=False) == SEGMENTS
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", SEGMENTS])
+def test_borders_are_where_positions_begin_anew(implementation: str) -> None:
+    """What flash-attention's varlen kernels are given, written out from position_ids; there is no mask."""
+    position_ids = [position for length in LENGTHS for position in range(length)]
+    borders = [place for place, position in enumerate(position_ids) if position == 0] + [len(position_ids)]
+    arguments = packed_arguments(torch.tensor(LENGTHS), implementation, CPU)
+    assert borders == [0, 5, 14, 15, 22]
+    assert arguments["cu_seq_lens_q"].tolist() == borders
+    assert arguments["cu_seq_lens_q"].dtype == torch.int32, "what the kernels take"
+    if implementation != SEGMENTS:
+        assert arguments["cu_seq_lens_k"] is arguments["cu_seq_lens_q"]
+        assert arguments["max_length_q"] == arguments["max_length_k"] == max(LENGTHS)
+    assert "attention_mask" not in arguments

@@ -21,6 +21,7 @@ COMMON = ("training.num_epochs=5", "optimizer.learning_rate=1e-3", "optimizer.ma
 METHODS = {
     "full": ["training.method=full"],
     "lora": ["training.method=lora"],
+    "qlora": ["training.method=qlora"],
     "lisa": ["training.method=lisa", "lisa.num_active_layers=1", "lisa.interval_steps=4"],
 }
 
@@ -95,6 +96,16 @@ def test_ranks_take_the_steps_of_one_process(
     config = make_config(tiny_model_dir, tmp_path, *settings)
     lines = pool.run(world_size, train_rank, config, ROWS)[0]
     _assert_same_run(tmp_path, lines, *reference(method))
+
+
+@pytest.mark.parametrize("options", [["ddp"], ["fsdp", "training.gradient_checkpointing=true"]], ids="-".join)
+def test_ranks_over_quantised_weights_take_the_steps_of_one_process(
+    pool: Ranks, reference: Any, tiny_model_dir: Path, tmp_path: Path, options: list[str]
+) -> None:
+    """FSDP cuts packed weights too."""
+    settings = [*COMMON, f"training.strategy={options[0]}", *options[1:], *METHODS["qlora"], "cluster.num_workers=2"]
+    lines = pool.run(2, train_rank, make_config(tiny_model_dir, tmp_path, *settings), ROWS)[0]
+    _assert_same_run(tmp_path, lines, *reference("qlora"))
 
 
 def _zero(*options: str) -> list[str]:

@@ -71,14 +71,13 @@ def test_packing_changes_the_rows_of_a_step_but_not_what_a_sequence_sees(tiny_mo
     np.testing.assert_allclose(_losses(packed), _losses(alone), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("killed_at", [3, 5])
+@pytest.mark.parametrize(("method", "killed_at"), [("full", 3), ("full", 5), ("lora", 3), ("lora", 5), ("qlora", 5)])
 def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
     tiny_model_dir: Path, tmp_path: Path, method: str, killed_at: int
 ) -> None:
     """C01, A12; dropout included."""
     options = [f"training.method={method}", "checkpoint.interval_steps=2"]
-    options += ["lora.dropout=0.1", "lora.rank=4"] if method == "lora" else []
+    options += ["lora.dropout=0.1", "lora.rank=4"] if "lora" in method else []
     whole = run_in_process(make_config(tiny_model_dir, tmp_path / "whole", *options), ROWS)
     config = make_config(tiny_model_dir, tmp_path / "cut", *options)
     run_in_process(config, ROWS, stop_after=killed_at)
