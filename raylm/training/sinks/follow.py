@@ -63,10 +63,13 @@ def send_run(config: TrainConfig, run_dir: Path) -> None:
 @contextmanager
 def send_figures(config: TrainConfig, run_dir: Path, *, status: str | None = None) -> Iterator[Following]:
     """While the block runs, sends each line of metrics.jsonl to the sinks of the configuration, and what is left at
-    its end. Raises nothing of its own: a sink that takes no figures is warned about once."""
+    its end. Raises nothing of its own: a sink that takes no figures is warned about once.
+
+    status: of a run that is over; a sink that has not heard of its end yet is told.
+    """
     following = Following()
     info = RunInfo(run_dir, config)
-    threads = [_Follower(name, sink_class(name)(info), info, following) for name in config.metrics.sinks]
+    threads = [_Follower(name, sink_class(name)(info), info, following, status) for name in config.metrics.sinks]
     for thread in threads:
         thread.start()
     ended = "failed"
@@ -80,7 +83,7 @@ def send_figures(config: TrainConfig, run_dir: Path, *, status: str | None = Non
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                following.lacking.setdefault(thread.sink_name, f"no answer in {CLOSING_S:.0f} s")
+                following.lacking.setdefault(thread.sink_name, thread.problem or f"no answer in {CLOSING_S:.0f} s")
         for name in following.lacking:
             logger.warning("metrics.sinks: %s lacks figures; `raylm track %s` sends them", name, run_dir)
 
@@ -88,7 +91,7 @@ def send_figures(config: TrainConfig, run_dir: Path, *, status: str | None = Non
 class _Follower(threading.Thread):
     """Sends to one sink. What was sent stands in `run.dir`/tracking, so that going on with a run repeats nothing."""
 
-    def __init__(self, name: str, sink: Sink, info: RunInfo, following: Following) -> None:
+    def __init__(self, name: str, sink: Sink, info: RunInfo, following: Following, status: str | None) -> None:
         super().__init__(name=f"raylm-{name}", daemon=True)
         self.sink_name = name
         self._sink, self._info, self._following = sink, info, following
@@ -96,9 +99,9 @@ class _Follower(threading.Thread):
         self._pending: list[dict[str, Any]] = []
         self._record = _Record(info.dir / FOLDER / f"{name}.json", sink.place)
         self._is_open = False
-        self._problem = ""
+        self.problem = ""
         self._ended = threading.Event()
-        self._status = ""
+        self._status, self._must_close = "", status is not None
         self._deadline = 0.0
 
     def end(self, status: str) -> None:
@@ -117,9 +120,10 @@ class _Follower(threading.Thread):
                 break
             if ending:
                 time.sleep(POLL_S)
-        done = not self._pending and (not self._is_open or self._attempt(lambda: self._sink.close(self._status)))
+        late = self._must_close and self._record.is_unclosed
+        done = not self._pending and (not (self._is_open or late) or self._attempt(self._close))
         if not done:
-            self._following.lacking[self.sink_name] = self._problem
+            self._following.lacking[self.sink_name] = self.problem
 
     def _send(self) -> bool:
         if not self._record.unsent(self._pending) or self._attempt(self._take):
@@ -128,12 +132,20 @@ class _Follower(threading.Thread):
         return False
 
     def _take(self) -> None:
-        if not self._is_open:
-            self._record.opened(self._sink.open(self._record.run_id))
-            self._is_open = True
+        self._open()
         lines = self._record.unsent(self._pending)
         with self._record.sending(lines):
             self._sink.write(lines)
+
+    def _open(self) -> None:
+        if not self._is_open:
+            self._record.opened(self._sink.open(self._record.run_id))
+            self._is_open = True
+
+    def _close(self) -> None:
+        self._open()
+        self._sink.close(self._status)
+        self._record.closed()
 
     def _attempt(self, action: Callable[[], None]) -> bool:
         try:
@@ -145,9 +157,9 @@ class _Follower(threading.Thread):
         return True
 
     def _failed(self, text: str) -> None:
-        if self._problem:
+        if self.problem:
             return
-        self._problem = text
+        self.problem = text
         if self._info.section.on_sink_failure == "stop":
             self._following.failure = f"{self.sink_name} takes no figures (metrics.on_sink_failure=stop)"
             (self._info.dir / STOP_FILE).touch()
@@ -166,13 +178,14 @@ class _Record:
     def __init__(self, path: Path, place: str) -> None:
         self._path, self._place = path, place
         self.run_id: str | None = None
+        self.is_unclosed = False
         self._sent: dict[str, int] = {}
         try:
             former = json.loads(path.read_text())
         except (OSError, ValueError):
             return
         if former["place"] == place:
-            self.run_id, self._sent = former["run_id"], former["sent"]
+            self.run_id, self._sent, self.is_unclosed = former["run_id"], former["sent"], not former["closed"]
 
     def unsent(self, lines: Sequence[dict[str, Any]]) -> list[Figures]:
         """What of lines of metrics.jsonl was not sent yet; each figure of a step once, though it stand there again."""
@@ -192,6 +205,12 @@ class _Record:
         """A run of another id begins anew."""
         if run_id != self.run_id:
             self.run_id, self._sent = run_id, {}
+        self.is_unclosed = True
+        self._write()
+
+    def closed(self) -> None:
+        """The sink has been told how the run ended."""
+        self.is_unclosed = False
         self._write()
 
     @contextmanager
@@ -210,5 +229,6 @@ class _Record:
     def _write(self) -> None:
         self._path.parent.mkdir(exist_ok=True)
         partial = self._path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"place": self._place, "run_id": self.run_id, "sent": self._sent}))
+        tree = {"place": self._place, "run_id": self.run_id, "closed": not self.is_unclosed, "sent": self._sent}
+        partial.write_text(json.dumps(tree))
         partial.rename(self._path)
