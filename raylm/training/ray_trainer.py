@@ -215,7 +215,7 @@ def _as_training_error(error: Exception, run: RunDir) -> Exception:
     if not failures:
         return error
     first = next(iter(failures.values()))
-    if "ActorDiedError" in type(first).__name__ or "WorkerDied" in str(type(first)):
+    if any(kind in type(first).__name__ for kind in ("ActorDied", "WorkerDied", "WorkerHealthCheck")):
         reason = run.stuck.read_text() if run.stuck.is_file() else str(first).splitlines()[0]
         return TrainingError(
             "training",
