@@ -38,6 +38,9 @@ class TrainingSection(Section):
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are, by patterns of their names, such as `embed_tokens` or `layers.0.`; `*` stands
     for any text. A pattern that no name holds is an error. For `full` and `lisa`."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Average the weights over steps, such as 0.999: evaluation and export use the average. Not with `lisa` or
+    `deepspeed`."""
     compile: bool = False
     """Compile each decoder block (torch.compile, inductor): steps are faster after a first one of minutes. On CPUs it
     needs a C++ compiler. Not with `deepspeed` or `qlora`."""

@@ -122,6 +122,21 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def averages_exclude_what_keeps_state_elsewhere(self) -> Self:
+        if self.training.ema_decay is not None:
+            if self.training.method == "lisa":
+                raise ValueError(
+                    "training.ema_decay excludes training.method=lisa, which frees the state of blocks that rest. "
+                    "Drop one"
+                )
+            if self.strategy == "deepspeed":
+                raise ValueError(
+                    "training.ema_decay excludes training.strategy=deepspeed, which keeps the weights in flat pieces. "
+                    "Set training.strategy=fsdp, or drop it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def compiled_blocks_exclude_what_cannot_be_compiled(self) -> Self:
         if self.training.compile and self.strategy == "deepspeed":
             raise ValueError(

@@ -14,8 +14,9 @@ from raylm.data.stream import MicroBatch, micro_batches, ordered_stream, split_i
 from raylm.errors import ClusterError, RaylmError, TrainingError
 from raylm.training.checkpoint import newest_checkpoint, read_meta
 from raylm.training.hardware import keep_freed_memory
+from raylm.training.job import WorkerData, WorkerJob, write_failure
 from raylm.training.run_dir import CONFIG_FILE, RunDir
-from raylm.training.worker import WorkerData, WorkerJob, run_worker, write_failure
+from raylm.training.worker import run_worker
 
 
 @dataclass(frozen=True, slots=True)

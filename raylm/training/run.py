@@ -262,7 +262,7 @@ def _plan(config: TrainConfig, store: Any) -> RunPlan:
 
 
 def _job(config: TrainConfig, run: RunDir, plan: RunPlan, store: Any, report: DataReport) -> Any:
-    from raylm.training.worker import WorkerJob
+    from raylm.training.job import WorkerJob
 
     summary = {**report.summary(), "files": list(store.file_names), "num_steps": plan.num_steps}
     (run.path / "data.json").write_text(json.dumps(summary, indent=1))
@@ -291,6 +291,7 @@ def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, 
         "optimizer": tree["optimizer"],
         "schedule": tree["schedule"],
         "loss": tree["loss"],
+        "training.ema_decay": tree["training"]["ema_decay"],
         "lisa": config.lisa_or_default.model_dump(mode="json") if config.training.method == "lisa" else None,
         "lora": config.lora_or_default.model_dump(mode="json") if config.method.adapter else None,
         "data (its rows)": hashlib.sha256(store.lengths.tobytes() + str(report.loss_tokens).encode()).hexdigest(),

@@ -2,14 +2,8 @@
 
 import contextlib
 import itertools
-import json
 import logging
-import math
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,56 +11,26 @@ import torch
 from raylm.config import TrainConfig
 from raylm.config.deepspeed import deepspeed_config
 from raylm.data.stream import MicroBatch
-from raylm.data.templates.table import AUTO, chat_template
-from raylm.data.tokenizer import load_tokenizer
-from raylm.errors import CheckpointError
-from raylm.models.adapters import merged
-from raylm.models.export import export_adapter, export_model, storage_dtype
-from raylm.models.folder import as_folder
-from raylm.models.load import load_model
 from raylm.optim.build import build_optimizer
 from raylm.training.batch import Batch, empty_batch, to_batch
-from raylm.training.checkpoint import CheckpointMeta, check_identity, newest_checkpoint, open_state, read_meta
-from raylm.training.checkpoint_writer import CheckpointWriter
+from raylm.training.checkpoint import check_identity, open_state, read_meta
+from raylm.training.ema import Ema
 from raylm.training.environment import write_host
-from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
+from raylm.training.finish import export, rebuilt, tokenizer_and_end
+from raylm.training.hardware import resolve_precision
+from raylm.training.hooks import WorkerHooks
+from raylm.training.job import WorkerData, WorkerJob
 from raylm.training.lisa import Lisa
-from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
-from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
-from raylm.training.mirror import mirror_of
+from raylm.training.loop import LoopSettings, run_loop
+from raylm.training.metrics import EventsWriter
 from raylm.training.module import LossModule, check_model
 from raylm.training.prepare import load_base, prepared
-from raylm.training.pulse import EXIT_CODE, Pulse
-from raylm.training.run_dir import RunDir
 from raylm.training.scaling import LossScaler
-from raylm.training.state import Piece, restore_weights
-from raylm.training.stopping import DESCRIPTIONS, Patience, Stop, Watch
+from raylm.training.stopping import DESCRIPTIONS, Stop
 from raylm.training.strategies.base import Strategy
 from raylm.training.strategies.table import strategy_class
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerJob:
-    """All a worker needs to know, as plain values. steps_per_epoch: global batches of each epoch."""
-
-    config: TrainConfig
-    run: RunDir
-    num_steps: int
-    steps_per_epoch: tuple[int, ...]
-    identity: dict[str, Any]
-    start_from: Path | None
-    deadline: float | None = None
-    """When to stop, in seconds since the epoch."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerData:
-    """A worker's share of the data. train: micro-batches from the start step on; evaluation: a fresh pass each call."""
-
-    train: Callable[[], Iterable[MicroBatch]]
-    evaluation: Callable[[], Iterable[MicroBatch]] | None
 
 
 def run_worker(
@@ -91,7 +55,7 @@ def run_worker(
     precision = resolve_precision(config.training.precision, device, loss_scaling=loss_scaling)
     scaler = LossScaler() if precision == "fp16" else None
     model = load_base(config, device, precision)
-    tokenizer, end_token = _tokenizer_and_end(config)
+    tokenizer, end_token = tokenizer_and_end(config)
     module = LossModule(prepared(model, config), config.loss)
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
@@ -107,7 +71,8 @@ def run_worker(
     )
     parts = [part for part in (scaler,) if part]
     start_step = _restore(job, strategy, parts) if job.start_from else 0
-    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts)
+    ema = Ema(strategy, config.training.ema_decay) if config.training.ema_decay is not None else None
+    hooks = WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts, ema)
     try:
         stop = run_loop(
             strategy,
@@ -141,7 +106,8 @@ def run_worker(
         assert events is not None
         events.write("exporting")
         whole = strategy.holds_whole_weights and not config.method.quantized
-        _export(job, module.model if whole else _rebuilt(job), tokenizer, end_token)
+        with ema.in_place() if ema and whole else contextlib.nullcontext():
+            export(job, module.model if whole else rebuilt(job), tokenizer, end_token)
 
 
 def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Callable[[int], None]:
@@ -178,171 +144,11 @@ def steps_of(
         yield [*(to_batch(batch) for batch in found), *(empty_batch() for _ in range(passes - own))]
 
 
-class _WorkerHooks:
-    """Figures, evaluation and checkpoints of one worker."""
-
-    def __init__(
-        self,
-        job: WorkerJob,
-        data: WorkerData,
-        strategy: Strategy,
-        precision: str,
-        start_step: int,
-        events: EventsWriter | None,
-        node_goes_away: Callable[[], bool],
-        parts: Sequence[Any],
-    ) -> None:
-        """parts: what a checkpoint holds besides weights and optimizer state."""
-        self._parts = parts
-        self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
-        self._events = events
-        self._writer: MetricsWriter | None = None
-        if strategy.rank == 0:
-            self._writer = MetricsWriter(job.run.path, start_step=start_step)
-        peak = matmul_peak_flops(precision, strategy.device)
-        self._peak_flops = float(
-            strategy.sum_over_ranks(torch.tensor(peak, dtype=torch.float64, device=strategy.device))
-        )
-        former = [line["eval/loss"] for line in read_metrics(job.run.path) if _is_former_evaluation(line, start_step)]
-        self._patience = Patience(job.config.training.early_stopping_patience, former)
-        self._watch = Watch(job.run.path, job.deadline, node_goes_away)
-        section = job.config.checkpoint
-        self._checkpoints = CheckpointWriter(
-            job.run.checkpoints,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
-            token=_token(strategy),
-            asynchronous=section.asynchronous,
-            keep_last=section.keep_last,
-            keep_best=section.keep_best,
-            keeper=mirror_of(section.mirror),
-        )
-        self._flops_per_token = 6 * matrix_parameters(strategy.module)
-        self._pulse = Pulse(
-            job.run.ranks,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
-            timeout_s=job.config.cluster.stuck_timeout_s,
-            give_up=self._give_up,
-        )
-        self._announce(
-            "training", step=start_step, num_steps=job.num_steps, precision=precision, workers=strategy.world_size
-        )
-
-    def alive(self, doing: str) -> None:
-        """See Hooks."""
-        self._pulse.beat(doing)
-
-    def _give_up(self, found: str) -> None:
-        """In the pulse's thread: the main one waits for ever."""
-        logger.error("%s", found)
-        with contextlib.suppress(OSError):
-            self._job.run.stuck.write_text(found)
-        os._exit(EXIT_CODE)
-
-    def step_done(self, result: StepResult) -> None:
-        """See Hooks."""
-        self._checkpoints.check()
-        if self._writer is None or not self._logged(result.step):
-            return
-        rate = result.tokens / result.seconds
-        figures = {
-            "train/loss": result.loss,
-            **({"train/grad_norm": result.grad_norm} if math.isfinite(result.grad_norm) else {}),
-            "train/learning_rate": result.learning_rate,
-            "train/epoch": epoch_at(self._job.steps_per_epoch, result.step),
-            "train/tokens": result.tokens,
-            "train/loss_tokens": result.loss_tokens,
-            "train/tokens_per_second": rate,
-            "train/mfu": rate * self._flops_per_token / self._peak_flops,
-            "train/step_s": result.seconds,
-            "train/data_wait_s": result.data_seconds,
-            **{f"memory/{name}": value for name, value in memory_gib(self._strategy.device).items()},
-        }
-        for part in self._parts:
-            figures |= part.figures()
-        self._writer.write(result.step, figures)
-
-    def evaluate(self, step: int) -> EvalResult | None:
-        """See Hooks."""
-        if self._data.evaluation is None:
-            return None
-        self._announce("evaluating", step=step, num_steps=self._job.num_steps)
-        batches = (to_batch(part) for part in self._data.evaluation())
-        result = evaluate(self._strategy, batches, precision=self._precision, alive=self.alive)
-        figures = {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/loss_tokens": result.tokens}
-        if self._writer is not None:
-            self._writer.write(step, figures)
-        self._goes_on(step)
-        return result
-
-    def wants_stop(self) -> Stop:
-        """See Hooks."""
-        return self._watch.reason()
-
-    def evaluated(self, result: EvalResult) -> Stop:
-        """See Hooks."""
-        return Stop.NO_IMPROVEMENT if self._patience.is_over(result.loss) else Stop.NOT
-
-    def save(self, step: int, evaluation: EvalResult | None) -> None:
-        """See Hooks."""
-        self._announce("saving", step=step, num_steps=self._job.num_steps)
-        meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
-        pieces = self._strategy.pieces()
-        if self._strategy.rank == 0:
-            found = {name: tensor for part in self._parts for name, tensor in part.state().items()}
-            pieces |= {name: Piece(tensor, 0, tuple(tensor.shape)) for name, tensor in found.items()}
-        self._checkpoints.save(pieces, meta, last=step == self._job.num_steps)
-        self._goes_on(step)
-
-    def _goes_on(self, step: int) -> None:
-        if step < self._job.num_steps:
-            self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
-
-    def end(self) -> None:
-        """After the last step: until the last checkpoint is written. Raises CheckpointError."""
-        self._checkpoints.close()
-
-    def close(self) -> None:
-        """Whatever happened: lets a checkpoint that is being written end, and closes the file of figures."""
-        with contextlib.suppress(CheckpointError):
-            self._checkpoints.wait()
-        self._pulse.close()
-        if self._writer is not None:
-            self._writer.close()
-
-    def _logged(self, step: int) -> bool:
-        return step % self._job.config.metrics.log_interval_steps == 0 or step == self._job.num_steps
-
-    def _announce(self, phase: str, **details: Any) -> None:
-        if self._events is not None:
-            self._events.write(phase, **details)
-
-
-def _is_former_evaluation(line: dict[str, Any], start_step: int) -> bool:
-    return "eval/loss" in line and line["step"] <= start_step
-
-
-def epoch_at(steps_per_epoch: tuple[int, ...], step: int) -> float:
-    """Epochs done after `step` steps, as a fraction."""
-    for epoch, steps in enumerate(steps_per_epoch):
-        if step < steps:
-            return epoch + step / steps
-        step -= steps
-    return float(len(steps_per_epoch))
-
-
 def _strategy_section(config: TrainConfig, model: Any, world_size: int) -> Any:
     if config.strategy == "deepspeed":
         hidden_size = model.config.get_text_config().hidden_size
         return deepspeed_config(config, hidden_size=hidden_size, world_size=world_size)
     return config.fsdp_or_default if config.strategy == "fsdp" else None
-
-
-def _token(strategy: Strategy) -> str:
-    """A number that rank 0 draws for this group of workers."""
-    drawn = secrets.randbits(60) if strategy.rank == 0 else 0
-    return f"{int(strategy.sum_over_ranks(torch.tensor(drawn, dtype=torch.int64, device=strategy.device))):015x}"
 
 
 def _restore(job: WorkerJob, strategy: Strategy, parts: Sequence[Any]) -> int:
@@ -354,51 +160,3 @@ def _restore(job: WorkerJob, strategy: Strategy, parts: Sequence[Any]) -> int:
     for part in parts:
         part.load_state(state)
     return meta.step
-
-
-def _tokenizer_and_end(config: TrainConfig) -> tuple[Any, str | None]:
-    """The tokenizer with the chat template that was trained with, and the control token that ends an answer."""
-    section = config.model
-    tokenizer = load_tokenizer(
-        as_folder(section.path, section.revision),
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-    if config.data.template == AUTO and not tokenizer.chat_template:
-        return tokenizer, tokenizer.eos_token  # a base model on plain text
-    template = chat_template(config.data.template, tokenizer, section.path)
-    if config.data.template != AUTO:
-        tokenizer.chat_template = template.jinja()
-    return tokenizer, template.end_token()
-
-
-def _rebuilt(job: WorkerJob) -> Any:
-    """The trained model on the CPU, from the base as it is stored and the last checkpoint: no rank of a sharded run
-    holds it, and one of a quantised run only what its weights became."""
-    newest = newest_checkpoint(job.run.checkpoints)
-    assert newest is not None, "a run ends with a checkpoint"
-    model = prepared(load_model(job.config.model, torch.device("cpu")), job.config)
-    restore_weights(LossModule(model).trainable(), open_state(newest, read_meta(newest)))
-    return model
-
-
-def _export(job: WorkerJob, model: Any, tokenizer: Any, end_token: str | None) -> None:
-    config = job.config
-    dtype = storage_dtype(config.export.dtype, _stored_config(config))
-    if config.method.adapter:
-        export_adapter(model, tokenizer, job.run.adapter)
-    if config.method.merges:
-        model = merged(model)
-    export_model(model, tokenizer, job.run.export, dtype=dtype, end_token=end_token)
-
-
-def _stored_config(config: TrainConfig) -> Any:
-    from raylm.models.load import load_config
-
-    return load_config(config.model)
-
-
-def write_failure(run: RunDir, error: Exception) -> None:
-    """Notes an error the user can mend, for the driver to raise; the first one stays."""
-    if not run.failure.exists():
-        run.failure.write_text(json.dumps({"kind": type(error).__name__, "arguments": list(error.args)}))

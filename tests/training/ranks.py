@@ -98,9 +98,10 @@ def train_rank(
     rank: int, world_size: int, config: TrainConfig, rows: Rows, start: int = 0, start_from: Path | None = None
 ) -> list[dict[str, Any]]:
     """A worker of a run over `rows`; returns the lines of metrics.jsonl. Evaluates on `rows` where data.eval is set."""
+    from raylm.training.job import WorkerData, WorkerJob
     from raylm.training.metrics import read_metrics
     from raylm.training.run_dir import RunDir
-    from raylm.training.worker import WorkerData, WorkerJob, run_worker
+    from raylm.training.worker import run_worker
 
     plan = make_plan(config, rows)
     micro = config.training.micro_batch_size

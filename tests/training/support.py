@@ -11,9 +11,10 @@ from raylm.config import TrainConfig, load_config
 from raylm.data.plan import RunPlan, plan_run
 from raylm.data.stream import MicroBatch, PackedRow
 from raylm.training.checkpoint import open_state, read_meta
+from raylm.training.job import WorkerData, WorkerJob
 from raylm.training.run_dir import RunDir
 from raylm.training.state import Piece
-from raylm.training.worker import WorkerData, WorkerJob, run_worker
+from raylm.training.worker import run_worker
 
 
 class Rows:

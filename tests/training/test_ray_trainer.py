@@ -5,9 +5,9 @@ import pytest
 
 from raylm.config import TrainConfig, load_config
 from raylm.errors import ClusterError, DataError
+from raylm.training.job import write_failure
 from raylm.training.ray_trainer import Resources, _raise_failure, plan_resources
 from raylm.training.run_dir import RunDir
-from raylm.training.worker import write_failure
 
 
 def _config(**cluster: object) -> TrainConfig:

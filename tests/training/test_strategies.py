@@ -222,14 +222,17 @@ def test_resuming_is_bit_for_bit(
 
 
 def test_evaluation_with_unequal_numbers_of_batches(pool: Ranks, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """A rank of sharded weights that has fewer batches takes part in the others' forwards; DDP's ranks run alone."""
-    found = []
+    """A rank of sharded weights that has fewer batches takes part in the others' forwards; DDP's ranks run alone. The
+    checkpoint after it is whole."""
+    found, states = [], []
     for number, strategy in enumerate([DDP, FSDP, _zero("stage=3")]):
         settings = [*strategy, "cluster.num_workers=2", "data.eval=unused.json", "training.eval_interval_steps=1"]
         config = make_config(tiny_model_dir, tmp_path / str(number), *settings, "training.max_steps=3")
         lines = pool.run(2, train_rank, config, ROWS)[0]
         found.append([(line["eval/loss"], line["eval/loss_tokens"]) for line in lines if "eval/loss" in line])
+        states.append(_state(tmp_path / str(number)))
     assert len(found[0]) == 3
+    assert states[0].keys() == states[1].keys() == states[2].keys()
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-5)
 

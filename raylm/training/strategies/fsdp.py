@@ -55,7 +55,12 @@ class FsdpStrategy:
 
     def loss(self, batch: Batch) -> Tensor:
         """See Strategy."""
-        return self.module(batch)
+        loss: Tensor = self.module(batch)
+        if not torch.is_grad_enabled():
+            # No backward comes that would give up embedding, norm and output layer: gathered, they are other parameters
+            # than those that the optimizer knows.
+            self.module.reshard()
+        return loss
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """See Strategy."""
