@@ -2,12 +2,14 @@
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -76,3 +78,28 @@ def ray_cluster() -> Iterator[Any]:
 
     with ray_session(None, num_cpus=6) as ray:
         yield ray
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of moto's S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty bucket `data`, found as a user's is: by AWS_ENDPOINT_URL and credentials in the environment."""
+    import boto3
+
+    urlopen(Request(f"{s3_server}/moto-api/reset", method="POST"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    found = boto3.resource("s3", endpoint_url=s3_server).Bucket("data")
+    found.create()
+    return found

@@ -41,14 +41,17 @@ WITHOUT_EFFECT = {
 """Keys that do no harm: raylm writes checkpoints and exports itself, and sets the others."""
 
 
-def deepspeed_config(config: TrainConfig, *, hidden_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given. hidden_size: of the model; it sizes the buckets.
+def deepspeed_config(config: TrainConfig, *, hidden_size: int, world_size: int | None = None) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given. hidden_size: of the model; it sizes the buckets. world_size: the ranks
+    there are; all that the configuration allows by default.
 
     Raises ConfigError for a JSON that cannot be read, and for what in it contradicts or is not supported.
     """
     section = config.deepspeed_or_default
     own = _own(section.config)
     _check(own, config)
+    accumulation = config.gradient_accumulation_steps(world_size)
+    per_step = config.training.micro_batch_size * accumulation * (world_size or config.cluster.max_workers)
     zero: dict[str, Any] = {
         "stage": section.stage,
         # Small models would have a collective for every few tensors.
@@ -64,9 +67,10 @@ def deepspeed_config(config: TrainConfig, *, hidden_size: int) -> dict[str, Any]
     return {
         "steps_per_print": None,
         **_passed_on(own, ""),
-        "train_batch_size": config.training.global_batch_size,
+        # Of use to DeepSpeed only in that the three must fit; raylm says where a step ends.
+        "train_batch_size": per_step,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_accumulation_steps": accumulation,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -101,7 +105,7 @@ def _check(own: Mapping[str, Any], config: TrainConfig) -> None:
         "train_micro_batch_size_per_gpu": ("training.micro_batch_size", config.training.micro_batch_size),
         "gradient_accumulation_steps": (
             "training.global_batch_size / (training.micro_batch_size x cluster.num_workers)",
-            config.gradient_accumulation_steps,
+            config.gradient_accumulation_steps(),
         ),
         "gradient_clipping": ("optimizer.max_grad_norm", optimizer.max_grad_norm),
     }

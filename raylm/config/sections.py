@@ -1,8 +1,8 @@
 """The sections that training shares with everything else: the run, the model, the cluster."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 
@@ -63,8 +63,11 @@ class ClusterSection(Section):
     address: str | None = None
     """Address of a running cluster. Without it: the cluster that RAY_ADDRESS names or that this job runs on, else
     a local one for the length of the call."""
-    num_workers: int = Field(1, ge=1)
-    """Training workers (ranks)."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 1
+    """Training workers (ranks). `[min, max]` is elastic: as many as the cluster has room for; a lost one shrinks the
+    group, returning room lets it grow."""
+    resize_interval_s: float = Field(60.0, ge=0)
+    """How often an elastic run looks for room for more workers, at most."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | None = None
     """CPUs of each worker, which are its threads on a machine without GPU. Default: the cluster's CPUs divided by
     the workers without GPU, 1 with."""
@@ -72,3 +75,27 @@ class ClusterSection(Section):
     """Give each worker one GPU; `auto` does where the cluster has enough."""
     max_failures: int = Field(3, ge=0)
     """Times a run restarts from its newest checkpoint after losing a worker."""
+    stuck_timeout_s: float = Field(1800.0, gt=0)
+    """Seconds without a sign of life from a rank (a micro-batch, a part of an evaluation) after which the workers
+    restart. Give it more than the longest of those takes, and than loading the model."""
+
+    @model_validator(mode="after")
+    def fewest_workers_come_first(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers=[{self.min_workers}, {self.max_workers}] must be [min, max]")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers to train with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers to train with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        return not isinstance(self.num_workers, int)

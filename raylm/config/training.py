@@ -189,6 +189,11 @@ class CheckpointSection(Section):
     """Newest checkpoints kept."""
     keep_best: bool = True
     """Keep the checkpoint with the lowest evaluation loss as well."""
+    asynchronous: bool = True
+    """Write beside the training, from a copy in host memory: as much of it as this rank's state takes."""
+    mirror: str | None = None
+    """Folder or address (`s3://bucket/runs/a`) that each checkpoint is copied to as well. `training.resume=auto` goes
+    on from there where `run.dir` has none, and `training.resume` takes the address of one."""
 
 
 class ExportSection(Section):

@@ -43,20 +43,25 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def strategy_fits_the_number_of_workers(self) -> Self:
-        if self.training.strategy == "single" and self.cluster.num_workers > 1:
+        if self.training.strategy == "single" and self.cluster.max_workers > 1:
             raise ValueError(
-                f"training.strategy=single excludes cluster.num_workers={self.cluster.num_workers}. "
+                f"training.strategy=single excludes cluster.num_workers={self.cluster.max_workers}. "
                 "Set training.strategy=ddp, or one worker"
             )
         return self
 
     @model_validator(mode="after")
-    def every_rank_has_the_same_number_of_micro_batches(self) -> Self:
-        per_pass = self.training.micro_batch_size * self.cluster.num_workers
-        if self.training.global_batch_size % per_pass:
+    def every_rank_has_micro_batches(self) -> Self:
+        micro, workers = self.training.micro_batch_size, self.cluster.max_workers
+        if self.cluster.is_elastic and self.micro_batches_per_step < workers:
+            raise ValueError(
+                f"training.global_batch_size={self.training.global_batch_size} is {self.micro_batches_per_step} "
+                f"micro-batches, fewer than the {workers} workers of cluster.num_workers"
+            )
+        if not self.cluster.is_elastic and self.training.global_batch_size % (micro * workers):
             raise ValueError(
                 f"training.global_batch_size={self.training.global_batch_size} must be a multiple of "
-                f"training.micro_batch_size x cluster.num_workers = {per_pass}"
+                f"training.micro_batch_size x cluster.num_workers = {micro * workers}"
             )
         return self
 
@@ -140,13 +145,17 @@ class TrainConfig(Section):
         return self.deepspeed or DeepspeedSection()
 
     @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per rank and step."""
-        return self.training.global_batch_size // (self.training.micro_batch_size * self.cluster.num_workers)
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of a global batch, over all ranks."""
+        return self.training.global_batch_size // self.training.micro_batch_size
+
+    def gradient_accumulation_steps(self, world_size: int | None = None) -> int:
+        """Micro-batches per rank and step with so many ranks, by default all that `cluster.num_workers` allows."""
+        return -(-self.micro_batches_per_step // (world_size or self.cluster.max_workers))
 
     @property
     def strategy(self) -> str:
         """Name of the strategy with `auto` resolved."""
         if self.training.strategy != "auto":
             return self.training.strategy
-        return "single" if self.cluster.num_workers == 1 else "ddp"
+        return "single" if self.cluster.max_workers == 1 else "ddp"

@@ -55,11 +55,20 @@ class MicroBatch:
 
 
 def ordered_stream(
-    store: Any, plan: Any, *, start_step: int, num_steps: int, global_batch_size: int, micro_batch_size: int
+    store: Any,
+    plan: Any,
+    *,
+    start_step: int,
+    num_steps: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    beside_workers: bool = False,
 ) -> "Dataset":
     """Packed rows of steps start_step … num_steps - 1 as a dataset of one-micro-batch blocks.
 
     store, plan: object references of a TokenStore and a RunPlan. A gathering task takes one logical CPU.
+    beside_workers: tasks take none, a few at a time: elastic workers fill whatever the cluster has, and would leave the
+    tasks that feed them without a place.
     """
     import ray.data
 
@@ -67,8 +76,9 @@ def ordered_stream(
     # A task gathers whole steps; a long run has larger tasks, not more of them.
     rows_per_task = global_batch_size * max(STEPS_PER_TASK, (num_steps - start_step) // MAX_TASKS)
     numbers = [np.arange(start, min(start + rows_per_task, last)) for start in range(first, last, rows_per_task)]
-    return (
-        ray.data.from_arrow([pa.table({"row": part}) for part in numbers])
+    dataset = (
+        # Looks at the blocks here; from_arrow has a task look at each, which elastic workers would leave no place for.
+        ray.data.from_blocks([pa.table({"row": part}) for part in numbers])
         # Ray Data fuses the two into one operator as long as both take its default of one CPU: one task, one hop.
         .map_batches(
             _gather_rows,
@@ -78,6 +88,19 @@ def ordered_stream(
         )
         .repartition(target_num_rows_per_block=micro_batch_size, strict=True)
     )
+    if beside_workers:
+        _take_no_cpu(dataset)
+    return dataset
+
+
+def _take_no_cpu(dataset: "Dataset") -> None:
+    """`repartition` has no argument for what its tasks take, and is fused with a stage that takes the same only."""
+    from ray.data import TaskPoolStrategy
+
+    stage = dataset._logical_plan.dag
+    for found in (stage, stage.input_dependencies[0]):
+        found.ray_remote_args["num_cpus"] = 0
+        object.__setattr__(found, "compute", TaskPoolStrategy(size=2))
 
 
 def split_in_turn(dataset: "Dataset", world_size: int) -> list[Any]:

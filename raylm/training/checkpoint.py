@@ -1,16 +1,18 @@
 """Checkpoints for resuming: complete or absent, verified when read, and never more than asked for.
 
-A checkpoint is a folder `step-00000020` with state.safetensors, and checkpoint.json with the position, what the run
-was configured as, and the size and SHA-256 of the weights file. It is written under a hidden name, flushed to disk and
-renamed; a process that dies or a disk that fills leaves the former checkpoint as the newest.
+A checkpoint is a folder `step-00000020`. Each rank's pieces of the state lie in a file of their own,
+`state-00001-of-00002.safetensors`, under `NAME@START` (training/state.py); checkpoint.json has the position, what the
+run was configured as, the shape of each tensor, and the size and SHA-256 of each file (written by
+checkpoint_writer.py).
 """
 
+import contextlib
 import hashlib
 import json
-import os
+import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,51 +21,31 @@ from raylm.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
-STATE_FILE = "state.safetensors"
+FORMAT = 2
 META_FILE = "checkpoint.json"
+
+
+def state_file(rank: int, world_size: int) -> str:
+    """The file of one rank's pieces."""
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a step."""
+    return f"step-{step:08d}"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMeta:
     """What a checkpoint says of itself. step: optimizer steps done; eval_loss: nats per token, when it was evaluated;
-    identity: the settings that resuming may not change."""
+    identity: the settings that resuming may not change; files: name -> bytes and sha256; shapes: of whole tensors."""
 
     step: int
     identity: Mapping[str, Any]
     eval_loss: float | None = None
     format: int = FORMAT
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def save_checkpoint(root: Path, state: "Mapping[str, Tensor]", meta: CheckpointMeta) -> Path:
-    """Writes `root`/step-N and returns it. Raises CheckpointError when the disk is full or not writable."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    target = root / f"step-{meta.step:08d}"
-    scratch = root / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        # safetensors refuses tensors that share memory, and 0-d counters may.
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, scratch / STATE_FILE)
-        files = {STATE_FILE: {"bytes": (scratch / STATE_FILE).stat().st_size, "sha256": _sha256(scratch / STATE_FILE)}}
-        (scratch / META_FILE).write_text(json.dumps({**asdict(meta), "files": files}, indent=1))
-        for name in (STATE_FILE, META_FILE):
-            _flush(scratch / name)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-        _flush(root)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            str(target),
-            f"cannot be written: {error}.",
-            "The checkpoints before it are kept: make room and continue with training.resume=auto.",
-        ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    shapes: dict[str, list[int]] = field(default_factory=dict)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -103,7 +85,7 @@ def verify_checkpoints(root: Path) -> list[CheckpointReport]:
         try:
             meta = read_meta(path)
             loss = meta.eval_loss
-            _check_digest(path, meta)
+            _check_digests(path, meta, sorted(meta.files))
         except CheckpointError as error:
             problem = error.problem
         reports.append(CheckpointReport(str(path), step, num_bytes, loss, problem))
@@ -122,19 +104,62 @@ def read_meta(path: Path) -> CheckpointMeta:
     return CheckpointMeta(**raw)
 
 
-def load_state(path: Path, meta: CheckpointMeta) -> "dict[str, Tensor]":
-    """The tensors of a checkpoint on the CPU. Raises CheckpointError when the file is not what was written."""
-    from safetensors.torch import load_file
+def open_state(path: Path, meta: CheckpointMeta, *, rank: int = 0, world_size: int = 1) -> "SavedState":
+    """The tensors of a checkpoint on the CPU, read one at a time. Of the files, each rank verifies its share.
 
-    _check_digest(path, meta)
-    return load_file(path / STATE_FILE)
+    Raises CheckpointError when a file is not what was written.
+    """
+    _check_digests(path, meta, sorted(meta.files)[rank::world_size])
+    return SavedState(path, meta)
 
 
-def _check_digest(path: Path, meta: CheckpointMeta) -> None:
-    if _sha256(path / STATE_FILE) != meta.files[STATE_FILE]["sha256"]:
-        raise CheckpointError(
-            str(path), f"{STATE_FILE} is damaged: its SHA-256 differs.", "Delete the folder to use an older one."
-        )
+class SavedState(Mapping[str, "Tensor"]):
+    """Whole tensors by name, put together from pieces when they are asked for."""
+
+    def __init__(self, path: Path, meta: CheckpointMeta) -> None:
+        """Raises CheckpointError when the pieces are not all of the tensors."""
+        from safetensors import safe_open
+
+        self._shapes = meta.shapes
+        self._pieces: dict[str, list[tuple[int, Any, str]]] = {}
+        for name in sorted(meta.files):
+            file = safe_open(path / name, framework="pt")
+            for key in file.offset_keys():
+                tensor, _, start = key.rpartition("@")
+                self._pieces.setdefault(tensor, []).append((int(start), file, key))
+        if self._pieces.keys() != self._shapes.keys():
+            odd = sorted(self._pieces.keys() ^ self._shapes.keys())[0]
+            raise CheckpointError(str(path), f"has no values of {odd}, or no shape.", "Use another checkpoint.")
+        self._path = path
+
+    def __getitem__(self, name: str) -> "Tensor":
+        import torch
+
+        shape, parts, end = self._shapes[name], [], 0
+        for start, file, key in sorted(self._pieces[name], key=lambda piece: piece[0]):
+            parts.append(file.get_tensor(key).flatten())
+            if start != end:
+                break
+            end += parts[-1].numel()
+        if end != math.prod(shape):
+            raise CheckpointError(
+                str(self._path), f"lacks elements of {name} from {end} on.", "Use another checkpoint."
+            )
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+def _check_digests(path: Path, meta: CheckpointMeta, names: list[str]) -> None:
+    for name in names:
+        if sha256_of(path / name) != meta.files[name]["sha256"]:
+            raise CheckpointError(
+                str(path), f"{name} is damaged: its SHA-256 differs.", "Delete the folder to use an older one."
+            )
 
 
 def prune(root: Path, *, keep_last: int, keep_best: bool) -> None:
@@ -146,9 +171,16 @@ def prune(root: Path, *, keep_last: int, keep_best: bool) -> None:
         keep.add(min(scored)[1])
     for path in found:
         if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
-    for leftover in root.glob(".step-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint, if there is one: out of sight first, so that one half deleted is never seen."""
+    hidden = path.with_name(f".{path.name}.deleted")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def check_identity(path: Path, meta: CheckpointMeta, identity: Mapping[str, Any]) -> None:
@@ -176,18 +208,7 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The digest of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """To the disk. A file that cannot be flushed is an error; some shared file systems cannot flush a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)

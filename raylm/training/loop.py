@@ -64,6 +64,10 @@ class LoopSettings:
 class Hooks(Protocol):
     """What the loop calls on every rank. `save` follows an evaluation of the same step and receives its result."""
 
+    def alive(self, doing: str) -> None:
+        """Before whatever may take long, with what it is, as in `rank 3 …`."""
+        ...
+
     def step_done(self, result: StepResult) -> None:
         """After each optimizer step."""
         ...
@@ -73,7 +77,7 @@ class Hooks(Protocol):
         ...
 
     def wants_stop(self) -> Stop:
-        """Before each step, on rank 0: whether the run should end after it."""
+        """Before each step, on rank 0: whether the run should end, or only save, after it."""
         ...
 
     def evaluated(self, result: EvalResult) -> Stop:
@@ -106,6 +110,7 @@ def run_loop(
     strategy.module.train()
     for step in range(start_step, settings.num_steps):
         started = time.perf_counter()
+        hooks.alive(f"waits for the data of step {step + 1}")
         micro_batches = next(iterator)
         data_seconds = time.perf_counter() - started
         if before_step is not None:
@@ -117,7 +122,12 @@ def run_loop(
         # Dropout is a function of (seed, step, rank): there is no generator state to save or to lose.
         torch.manual_seed(settings.seed * 1_000_003 + step * 4_099 + strategy.rank)
         loss, grad_norm, tokens, loss_tokens = train_step(
-            strategy, micro_batches, max_grad_norm=settings.max_grad_norm, precision=settings.precision, step=step + 1
+            strategy,
+            micro_batches,
+            max_grad_norm=settings.max_grad_norm,
+            precision=settings.precision,
+            step=step + 1,
+            alive=hooks.alive,
         )
         seconds = time.perf_counter() - started
         rate = base_rates[0] * factor
@@ -135,7 +145,13 @@ def _agreed(strategy: Strategy, hooks: Hooks) -> Stop:
 
 
 def train_step(
-    strategy: Strategy, micro_batches: Sequence[Batch], *, max_grad_norm: float, precision: str, step: int
+    strategy: Strategy,
+    micro_batches: Sequence[Batch],
+    *,
+    max_grad_norm: float,
+    precision: str,
+    step: int,
+    alive: Callable[[str], None] = lambda doing: None,
 ) -> tuple[float, float, int, int]:
     """One optimizer step over one global batch; returns loss per label, gradient norm, tokens and labels, of all ranks.
 
@@ -150,12 +166,14 @@ def train_step(
     tokens, loss_tokens = (int(value) for value in strategy.sum_over_ranks(counts))
     loss_sum = torch.zeros((), device=strategy.device)
     for index, batch in enumerate(micro_batches):
+        alive(f"computes micro-batch {index + 1} of {len(micro_batches)} of step {step}")
         with strategy.accumulate(last=index == len(micro_batches) - 1):  # around forward too: DDP decides there
             with autocast(precision, strategy.device):
                 loss = strategy.loss(batch.to(strategy.device))  # a sum, not a mean
             strategy.backward(loss / loss_tokens)
         loss_sum += loss.detach()
     mean_loss = float(strategy.sum_over_ranks(loss_sum)) / loss_tokens
+    alive(f"takes step {step}")
     grad_norm = float(strategy.clip_grad_norm(max_grad_norm))
     if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
         raise TrainingError(
@@ -168,13 +186,20 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(strategy: Strategy, batches: Iterable[Batch], *, precision: str) -> EvalResult:
+def evaluate(
+    strategy: Strategy,
+    batches: Iterable[Batch],
+    *,
+    precision: str,
+    alive: Callable[[str], None] = lambda doing: None,
+) -> EvalResult:
     """The loss over this and all other ranks' batches; ranks may have different numbers of them."""
     strategy.module.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=strategy.device)
     alone = strategy.holds_whole_weights  # then not through what wraps the module: DDP has collectives of its own
     forward = strategy.module if alone else strategy.loss
     for batch in batches if alone else _in_step(strategy, batches):
+        alive("evaluates")
         with autocast(precision, strategy.device):
             sums[0] += forward(batch.to(strategy.device)).double()
         sums[1] += batch.loss_tokens
@@ -201,11 +226,16 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 def _after_step(step: int, settings: LoopSettings, hooks: Hooks, stop: Stop) -> Stop:
     last = step == settings.num_steps
     evaluation = None
+    if stop == Stop.SAVE:  # before an evaluation, for which there may be no time
+        hooks.alive(f"saves step {step}")
+        hooks.save(step, None)
+        stop = Stop.NOT
     if (last or _due(step, settings.eval_interval_steps)) and stop != Stop.REQUESTED:
         evaluation = hooks.evaluate(step)
         if evaluation is not None:
             stop = stop or hooks.evaluated(evaluation)
     if last or stop or _due(step, settings.save_interval_steps):
+        hooks.alive(f"saves step {step}")
         hooks.save(step, evaluation)
     return Stop.NOT if last else stop
 

@@ -20,9 +20,9 @@ from raylm.training.worker import WorkerData, WorkerJob, run_worker, write_failu
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What each worker gets."""
+    """What each worker gets. num_workers: as Ray Train takes it, with the fewest and the most for an elastic run."""
 
-    num_workers: int
+    num_workers: int | tuple[int, int]
     cpus_per_worker: int
     use_gpu: bool
 
@@ -39,28 +39,29 @@ class TrainData:
 def plan_resources(config: TrainConfig, cluster: dict[str, float]) -> Resources:
     """Workers and their CPUs and GPUs on a cluster of the given resources; one CPU is left for the data.
 
-    Raises ClusterError when the cluster is too small.
+    Raises ClusterError when the cluster is too small for the fewest workers.
     """
     section = config.cluster
+    fewest, most = section.min_workers, section.max_workers
     cpus, gpus = int(cluster.get("CPU", 0)), int(cluster.get("GPU", 0))
-    use_gpu = gpus >= section.num_workers if section.use_gpu == "auto" else section.use_gpu
-    if use_gpu and gpus < section.num_workers:
+    use_gpu = gpus >= fewest if section.use_gpu == "auto" else section.use_gpu
+    if use_gpu and gpus < fewest:
         raise ClusterError(
             "cluster.num_workers",
-            f"{section.num_workers} workers with a GPU each need {section.num_workers} GPUs, the cluster has {gpus}.",
+            f"{fewest} workers with a GPU each need {fewest} GPUs, the cluster has {gpus}.",
             "Ask for fewer workers, or set cluster.use_gpu=false.",
         )
-    share = 1 if use_gpu else max(1, (cpus - 1) // section.num_workers)
+    share = 1 if use_gpu else max(1, (cpus - 1) // most)
     per_worker = section.cpus_per_worker or share
-    needed = section.num_workers * per_worker + 1
+    needed = fewest * per_worker + 1
     if needed > cpus:
         raise ClusterError(
             "cluster.num_workers",
-            f"{section.num_workers} workers of {per_worker} CPUs and one CPU for the data need {needed} CPUs, "
+            f"{fewest} workers of {per_worker} CPUs and one CPU for the data need {needed} CPUs, "
             f"the cluster has {cpus}.",
             "Ask for fewer workers or CPUs, or start a larger cluster.",
         )
-    return Resources(section.num_workers, per_worker, use_gpu)
+    return Resources((fewest, most) if section.is_elastic else most, per_worker, use_gpu)
 
 
 def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
@@ -79,6 +80,7 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
+            elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
         datasets={"train": _StreamFactory(job, data)},
@@ -95,7 +97,7 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
         trainer.fit()
     except Exception as error:
         _raise_failure(job.run)
-        raise _as_training_error(error) from error
+        raise _as_training_error(error, job.run) from error
     _raise_failure(job.run)
 
 
@@ -115,6 +117,7 @@ class _StreamFactory:
             num_steps=self._job.num_steps,
             global_batch_size=config.training.global_batch_size,
             micro_batch_size=config.training.micro_batch_size,
+            beside_workers=config.cluster.is_elastic,
         )
 
 
@@ -170,10 +173,21 @@ def _train_function(settings: dict[str, Any]) -> None:
             device,
             rank=rank,
             world_size=world_size,
-            report=lambda figures: ray.train.report(figures),
+            node_goes_away=_node_goes_away,
         )
     except RaylmError as error:
         write_failure(job.run, error)
+
+
+def _node_goes_away() -> bool:
+    """Whether Ray has told this worker that a node of the run will be taken away.
+
+    `ray.train.get_preemption_info` says the same and is a barrier of all workers, at every step; the loop has one of
+    its own.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _evaluation(blocks: list[Any], rank: int, world_size: int) -> Callable[[], Iterable[MicroBatch]] | None:
@@ -195,16 +209,17 @@ def _raise_failure(run: RunDir) -> None:
         raise getattr(errors, failure["kind"])(*failure["arguments"])
 
 
-def _as_training_error(error: Exception) -> Exception:
+def _as_training_error(error: Exception, run: RunDir) -> Exception:
     """What Ray Train gives up with, in one sentence for lost workers; faults in the code keep their traceback."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return error
     first = next(iter(failures.values()))
     if "ActorDiedError" in type(first).__name__ or "WorkerDied" in str(type(first)):
+        reason = run.stuck.read_text() if run.stuck.is_file() else str(first).splitlines()[0]
         return TrainingError(
             "training",
-            f"workers were lost more often than cluster.max_failures allows: {str(first).splitlines()[0]}",
+            f"workers were lost more often than cluster.max_failures allows: {reason}",
             "Continue with training.resume=auto.",
         )
     return error

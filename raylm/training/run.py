@@ -13,7 +13,7 @@ from raylm.config import TrainConfig
 from raylm.config.data import SourceSection
 from raylm.config.deepspeed import deepspeed_config, read_deepspeed_json
 from raylm.data.plan import RunPlan, plan_run
-from raylm.data.remote import scheme_of
+from raylm.data.remote import scheme_of, shown
 from raylm.data.report import DataReport
 from raylm.data.sources import list_files
 from raylm.data.store import TokenizerSource, row_tokenizer
@@ -21,6 +21,7 @@ from raylm.errors import CheckpointError
 from raylm.ray_session import ray_session
 from raylm.training.checkpoint import check_identity, newest_checkpoint, read_meta
 from raylm.training.metrics import EventsWriter, final_figures, plot_losses
+from raylm.training.mirror import fetch, newest_in_mirror
 from raylm.training.progress import watch_run
 from raylm.training.run_dir import RunDir, locate_run_dir, open_run_dir
 from raylm.training.stopping import DESCRIPTIONS, Stop, stop_on_sigterm
@@ -57,7 +58,7 @@ def run_training(config: TrainConfig) -> TrainResult:
     tokenizer_source = _check_before_start(config)
     run = open_run_dir(config)
     events = EventsWriter(run.path)
-    local_cpus = max(os.cpu_count() or 1, config.cluster.num_workers * (config.cluster.cpus_per_worker or 1) + 1)
+    local_cpus = max(os.cpu_count() or 1, config.cluster.max_workers * (config.cluster.cpus_per_worker or 1) + 1)
     with watch_run(run.path), _session(config, local_cpus, events) as ray:
         from raylm.training.ray_trainer import TrainData, fit, plan_resources
 
@@ -155,8 +156,9 @@ def _check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.optim.build import check_optimizer
     from raylm.training.lisa import check_lisa
 
-    if config.training.resume not in (None, "auto"):
-        read_meta(Path(str(config.training.resume)).expanduser().resolve())
+    resume = config.training.resume
+    if resume not in (None, "auto") and not scheme_of(str(resume)):
+        read_meta(Path(str(resume)).expanduser().resolve())
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
     check_optimizer(config.optimizer)
     section = config.model
@@ -271,7 +273,7 @@ def _resume_point(config: TrainConfig, run: RunDir, identity: dict[str, Any]) ->
     if resume is None:
         return None
     if resume != "auto":
-        path = Path(resume).expanduser().resolve()
+        path = fetch(resume, run.fetched) if scheme_of(resume) else Path(resume).expanduser().resolve()
         check_identity(path, read_meta(path), identity)
         newest = newest_checkpoint(run.checkpoints)
         if newest is not None and newest.resolve() != path:
@@ -282,6 +284,10 @@ def _resume_point(config: TrainConfig, run: RunDir, identity: dict[str, Any]) ->
             )
         return path
     newest = newest_checkpoint(run.checkpoints)
+    mirror = config.checkpoint.mirror
+    if newest is None and mirror and (mirrored := newest_in_mirror(mirror)):
+        logger.info("%s holds no checkpoint: fetching %s", run.path, shown(mirrored))
+        newest = fetch(mirrored, run.checkpoints)
     if newest is None:
         if run.checkpoints.is_dir() and any(run.checkpoints.glob("step-*")):
             raise CheckpointError(

@@ -24,6 +24,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def fetched(self) -> Path:
+        """Checkpoints of other runs that were fetched from object storage."""
+        return self.path / "fetched"
+
+    @property
     def export(self) -> Path:
         """The exported model."""
         return self.path / "export"
@@ -44,14 +49,24 @@ class RunDir:
         return self.path / "failure.json"
 
     @property
+    def ranks(self) -> Path:
+        """Signs of life of the workers."""
+        return self.path / "ranks"
+
+    @property
+    def stuck(self) -> Path:
+        """Which rank held the others up, when one did last."""
+        return self.path / "stuck.txt"
+
+    @property
     def stopped(self) -> Path:
         """Why the run ended before its last step."""
         return self.path / "stopped.txt"
 
 
 _BEFORE_STEPS = frozenset(
-    (CONFIG_FILE, "data.json", "events.jsonl", "rejected.jsonl", "failure.json", "stopped.txt", "stop", "ray")
-)
+    (CONFIG_FILE, "data.json", "events.jsonl", "rejected.jsonl", "failure.json", "stuck.txt", "stopped.txt", "stop")
+) | {"ray", "ranks"}
 
 
 def _has_steps(run: RunDir) -> bool:
@@ -106,6 +121,7 @@ def open_run_dir(config: TrainConfig) -> RunDir:
         partial.rename(path / CONFIG_FILE)
         run.failure.unlink(missing_ok=True)
         run.stopped.unlink(missing_ok=True)
+        run.stuck.unlink(missing_ok=True)
     except OSError as error:
         raise RunDirError(str(path), f"cannot be written: {error.strerror}.", "Choose another run.dir.") from None
     return run

@@ -20,7 +20,7 @@ class RunSummary:
     model: str
     method: str
     strategy: str
-    workers: int
+    workers: str
     step: int
     train_loss: float | None
     eval_loss: float | None
@@ -65,7 +65,7 @@ def _summary(run: Path, folder: Path) -> RunSummary:
         model=config["model"]["path"],
         method=training["method"],
         strategy=("single" if workers == 1 else "ddp") if strategy == "auto" else strategy,
-        workers=workers,
+        workers="-".join(map(str, workers)) if isinstance(workers, list) else str(workers),
         step=int(figures.get("step", 0)),
         train_loss=figures.get("train/loss"),
         eval_loss=figures.get("eval/loss"),

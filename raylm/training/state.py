@@ -1,10 +1,12 @@
 """Weights and optimizer state as one flat mapping of named tensors, independent of any strategy.
 
 `model/NAME` is a trainable weight, `optimizer/NAME/KEY` a tensor of its state (a scalar counter becomes a 0-d tensor).
-Weights that do not train are the base model's and are not in it.
+Weights that do not train are the base model's and are not in it. Each rank holds pieces of the tensors; all ranks'
+pieces together are the state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,28 @@ from torch import Tensor, nn
 from raylm.errors import CheckpointError
 
 Named = Sequence[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive elements, in row-major order, of a named tensor. values: of any shape; start: the number of the first
+    element; shape: that of the whole tensor."""
+
+    values: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+
+def share_of(state: Mapping[str, Tensor], *, rank: int, world_size: int) -> dict[str, Piece]:
+    """What one rank writes of tensors that all ranks hold: about as many bytes as the others, the same on each rank."""
+    loads = [0] * world_size
+    mine: dict[str, Piece] = {}
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.nbytes
+        if owner == rank:
+            mine[name] = Piece(tensor, 0, tuple(tensor.shape))
+    return mine
 
 
 def collect_state(trainable: Named, optimizer: Any) -> dict[str, Tensor]:
@@ -42,17 +66,19 @@ def restore_state(
     for name, parameter in trainable:
         if name in slots:
             # Counters stay where the optimizer put them (fused AdamW wants its step beside the parameter).
-            optimizer.state[parameter] = {key: place(value, parameter).clone() for key, value in slots[name].items()}
+            optimizer.state[parameter] = {
+                slot: place(state[key], parameter).clone() for slot, key in slots[name].items()
+            }
 
 
-def optimizer_slots(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Name of a parameter -> what the optimizer keeps for it."""
-    slots: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
+def optimizer_slots(state: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Name of a parameter -> what the optimizer keeps for it -> its name in the state."""
+    slots: dict[str, dict[str, str]] = {}
+    for key in state:
         kind, _, rest = key.partition("/")
         if kind == "optimizer":
             name, _, slot = rest.rpartition("/")
-            slots.setdefault(name, {})[slot] = value
+            slots.setdefault(name, {})[slot] = key
     return slots
 
 

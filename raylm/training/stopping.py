@@ -7,7 +7,7 @@ all stop after the same one. What the evaluations say is the same on every rank.
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -23,6 +23,8 @@ class Stop(IntEnum):
     TIME_LIMIT = 1
     REQUESTED = 2
     NO_IMPROVEMENT = 3
+    SAVE = 4
+    """Not an end: a checkpoint after this step, because a node is about to be taken away."""
 
 
 DESCRIPTIONS = {
@@ -51,9 +53,12 @@ class Patience:
 class Watch:
     """What rank 0 looks at before each step."""
 
-    def __init__(self, run_dir: Path, deadline: float | None) -> None:
-        """deadline: in seconds since the epoch."""
+    def __init__(
+        self, run_dir: Path, deadline: float | None, node_goes_away: Callable[[], bool] = lambda: False
+    ) -> None:
+        """deadline: in seconds since the epoch. node_goes_away: whether a node of this run has notice to quit."""
         self._file, self._deadline = run_dir / STOP_FILE, deadline
+        self._node_goes_away, self._saved = node_goes_away, False
 
     def reason(self) -> Stop:
         """Whether the run should end after the step at hand."""
@@ -61,6 +66,9 @@ class Watch:
             return Stop.REQUESTED
         if self._deadline is not None and time.time() >= self._deadline:
             return Stop.TIME_LIMIT
+        if not self._saved and self._node_goes_away():
+            self._saved = True
+            return Stop.SAVE
         return Stop.NOT
 
 

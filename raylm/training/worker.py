@@ -1,7 +1,11 @@
 """What one training worker does: load, restore, run the loop, save, export. Ray stays outside: see ray_trainer.py."""
 
+import contextlib
+import itertools
 import json
 import logging
+import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +18,22 @@ from raylm.config.deepspeed import deepspeed_config
 from raylm.data.stream import MicroBatch
 from raylm.data.templates.table import AUTO, chat_template
 from raylm.data.tokenizer import load_tokenizer
+from raylm.errors import CheckpointError
 from raylm.models.adapters import add_lora, add_new_rows, base_of, merged
 from raylm.models.export import export_adapter, export_model, storage_dtype
 from raylm.models.folder import as_folder
 from raylm.models.load import load_model
 from raylm.optim.build import build_optimizer
-from raylm.training.batch import Batch, to_batch
-from raylm.training.checkpoint import (
-    CheckpointMeta,
-    check_identity,
-    load_state,
-    newest_checkpoint,
-    prune,
-    read_meta,
-    save_checkpoint,
-)
+from raylm.training.batch import Batch, empty_batch, to_batch
+from raylm.training.checkpoint import CheckpointMeta, check_identity, newest_checkpoint, open_state, read_meta
+from raylm.training.checkpoint_writer import CheckpointWriter
 from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
 from raylm.training.lisa import Lisa
 from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
 from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
+from raylm.training.mirror import mirror_of
 from raylm.training.module import LossModule, check_model
+from raylm.training.pulse import EXIT_CODE, Pulse
 from raylm.training.run_dir import RunDir
 from raylm.training.state import restore_weights
 from raylm.training.stopping import DESCRIPTIONS, Patience, Stop, Watch
@@ -72,9 +72,12 @@ def run_worker(
     *,
     rank: int,
     world_size: int,
-    report: Callable[[dict[str, Any]], None],
+    node_goes_away: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains on this rank to the end and exports on rank 0. report: called by every rank after each checkpoint."""
+    """Trains on this rank to the end and exports on rank 0.
+
+    node_goes_away: asked by rank 0 before each step; True calls for a checkpoint.
+    """
     config = job.config
     events = EventsWriter(job.run.path) if rank == 0 else None
     if events:
@@ -89,14 +92,20 @@ def run_worker(
         module,
         lambda trainable: build_optimizer(trainable, config.optimizer),
         device,
-        _strategy_section(config, model),
+        _strategy_section(config, model, world_size),
     )
     start_step = _restore(job, strategy) if job.start_from else 0
-    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, report)
+    hooks = _WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away)
     try:
         stop = run_loop(
             strategy,
-            steps_of(data.train(), micro_batches_per_step=config.gradient_accumulation_steps, start_step=start_step),
+            steps_of(
+                data.train(),
+                micro_batches_per_step=config.micro_batches_per_step,
+                start_step=start_step,
+                rank=rank,
+                world_size=world_size,
+            ),
             LoopSettings(
                 num_steps=job.num_steps,
                 max_grad_norm=config.optimizer.max_grad_norm,
@@ -110,6 +119,7 @@ def run_worker(
             start_step=start_step,
             before_step=_switching(config, strategy, start_step) if config.training.method == "lisa" else None,
         )
+        hooks.end()
     finally:
         hooks.close()
     if rank == 0 and stop:
@@ -135,17 +145,23 @@ def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Call
 
 
 def steps_of(
-    stream: Iterable[MicroBatch], *, micro_batches_per_step: int, start_step: int
+    stream: Iterable[MicroBatch], *, micro_batches_per_step: int, start_step: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Sequence[Batch]]:
-    """Groups a rank's stream into steps, and checks that each micro-batch is of the step it is used in."""
-    pending: list[MicroBatch] = []
-    step = start_step
-    for micro_batch in stream:
-        assert micro_batch.step == step, f"the stream is at step {micro_batch.step}, the loop at {step}"
-        pending.append(micro_batch)
-        if len(pending) == micro_batches_per_step:
-            yield [to_batch(part) for part in pending]
-            pending, step = [], step + 1
+    """Groups a rank's stream into steps, and checks that each micro-batch is of the step it is used in.
+
+    Micro-batches are dealt in turn from the start step on. Where they do not divide by the ranks, those with fewer in a
+    step run one without labels: all ranks go through as many forwards and backwards.
+    """
+    iterator = iter(stream)
+    passes = -(-micro_batches_per_step // world_size)
+    for step in itertools.count(start_step):
+        first = (step - start_step) * micro_batches_per_step
+        own = len(range(first + (rank - first) % world_size, first + micro_batches_per_step, world_size))
+        found = list(itertools.islice(iterator, own))
+        if not found and own:
+            return
+        assert [batch.step for batch in found] == [step] * own, f"step {step}: {[batch.step for batch in found]}"
+        yield [*(to_batch(batch) for batch in found), *(empty_batch() for _ in range(passes - own))]
 
 
 class _WorkerHooks:
@@ -159,10 +175,10 @@ class _WorkerHooks:
         precision: str,
         start_step: int,
         events: EventsWriter | None,
-        report: Callable[[dict[str, Any]], None],
+        node_goes_away: Callable[[], bool],
     ) -> None:
         self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
-        self._events, self._report = events, report
+        self._events = events
         self._writer: MetricsWriter | None = None
         if strategy.rank == 0:
             tensorboard = job.config.metrics.tensorboard
@@ -173,12 +189,44 @@ class _WorkerHooks:
         )
         former = [line["eval/loss"] for line in read_metrics(job.run.path) if _is_former_evaluation(line, start_step)]
         self._patience = Patience(job.config.training.early_stopping_patience, former)
-        self._watch = Watch(job.run.path, job.deadline)
+        self._watch = Watch(job.run.path, job.deadline, node_goes_away)
+        section = job.config.checkpoint
+        self._checkpoints = CheckpointWriter(
+            job.run.checkpoints,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            token=_token(strategy),
+            asynchronous=section.asynchronous,
+            keep_last=section.keep_last,
+            keep_best=section.keep_best,
+            keeper=mirror_of(section.mirror),
+        )
         self._flops_per_token = 6 * matrix_parameters(strategy.module)
-        self._announce("training", step=start_step, num_steps=job.num_steps, precision=precision)
+        self._pulse = Pulse(
+            job.run.ranks,
+            rank=strategy.rank,
+            world_size=strategy.world_size,
+            timeout_s=job.config.cluster.stuck_timeout_s,
+            give_up=self._give_up,
+        )
+        self._announce(
+            "training", step=start_step, num_steps=job.num_steps, precision=precision, workers=strategy.world_size
+        )
+
+    def alive(self, doing: str) -> None:
+        """See Hooks."""
+        self._pulse.beat(doing)
+
+    def _give_up(self, found: str) -> None:
+        """In the pulse's thread: the main one waits for ever."""
+        logger.error("%s", found)
+        with contextlib.suppress(OSError):
+            self._job.run.stuck.write_text(found)
+        os._exit(EXIT_CODE)
 
     def step_done(self, result: StepResult) -> None:
         """See Hooks."""
+        self._checkpoints.check()
         if self._writer is None or not self._logged(result.step):
             return
         rate = result.tokens / result.seconds
@@ -203,7 +251,7 @@ class _WorkerHooks:
             return None
         self._announce("evaluating", step=step, num_steps=self._job.num_steps)
         batches = (to_batch(part) for part in self._data.evaluation())
-        result = evaluate(self._strategy, batches, precision=self._precision)
+        result = evaluate(self._strategy, batches, precision=self._precision, alive=self.alive)
         figures = {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/loss_tokens": result.tokens}
         if self._writer is not None:
             self._writer.write(step, figures)
@@ -221,21 +269,23 @@ class _WorkerHooks:
     def save(self, step: int, evaluation: EvalResult | None) -> None:
         """See Hooks."""
         self._announce("saving", step=step, num_steps=self._job.num_steps)
-        state = self._strategy.state()
-        if self._strategy.rank == 0:
-            root, section = self._job.run.checkpoints, self._job.config.checkpoint
-            meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
-            save_checkpoint(root, state, meta)
-            prune(root, keep_last=section.keep_last, keep_best=section.keep_best)
-        self._report({"step": step})
+        meta = CheckpointMeta(step, self._job.identity, evaluation.loss if evaluation else None)
+        self._checkpoints.save(self._strategy.pieces(), meta, last=step == self._job.num_steps)
         self._goes_on(step)
 
     def _goes_on(self, step: int) -> None:
         if step < self._job.num_steps:
             self._announce("training", step=step, num_steps=self._job.num_steps, precision=self._precision)
 
+    def end(self) -> None:
+        """After the last step: until the last checkpoint is written. Raises CheckpointError."""
+        self._checkpoints.close()
+
     def close(self) -> None:
-        """Closes the sinks."""
+        """Whatever happened: lets a checkpoint that is being written end, and closes the sinks."""
+        with contextlib.suppress(CheckpointError):
+            self._checkpoints.wait()
+        self._pulse.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -271,17 +321,24 @@ def _prepared(model: Any, config: TrainConfig) -> Any:
     return model
 
 
-def _strategy_section(config: TrainConfig, model: Any) -> Any:
+def _strategy_section(config: TrainConfig, model: Any, world_size: int) -> Any:
     if config.strategy == "deepspeed":
-        return deepspeed_config(config, hidden_size=model.config.get_text_config().hidden_size)
+        hidden_size = model.config.get_text_config().hidden_size
+        return deepspeed_config(config, hidden_size=hidden_size, world_size=world_size)
     return config.fsdp_or_default if config.strategy == "fsdp" else None
+
+
+def _token(strategy: Strategy) -> str:
+    """A number that rank 0 draws for this group of workers."""
+    drawn = secrets.randbits(60) if strategy.rank == 0 else 0
+    return f"{int(strategy.sum_over_ranks(torch.tensor(drawn, dtype=torch.int64, device=strategy.device))):015x}"
 
 
 def _restore(job: WorkerJob, strategy: Strategy) -> int:
     assert job.start_from is not None
     meta = read_meta(job.start_from)
     check_identity(job.start_from, meta, job.identity)
-    strategy.load_state(load_state(job.start_from, meta))
+    strategy.load_state(open_state(job.start_from, meta, rank=strategy.rank, world_size=strategy.world_size))
     return meta.step
 
 
@@ -306,7 +363,7 @@ def _rebuilt(job: WorkerJob) -> Any:
     newest = newest_checkpoint(job.run.checkpoints)
     assert newest is not None, "a run ends with a checkpoint"
     model = _prepared(load_model(job.config.model, torch.device("cpu")), job.config)
-    restore_weights(LossModule(model).trainable(), load_state(newest, read_meta(newest)))
+    restore_weights(LossModule(model).trainable(), open_state(newest, read_meta(newest)))
     return model
 
 

@@ -40,6 +40,8 @@ def test_the_resolved_tree_can_be_run_again(tmp_path: Path) -> None:
         ("training.num_epochs=two", "training.num_epochs='two' is not valid: input should be a valid integer"),
         ("training.micro_batch_size=3", "global_batch_size (8) must be a multiple of micro_batch_size (3)"),
         ("cluster.num_workers=3", "must be a multiple of training.micro_batch_size x cluster.num_workers = 3"),
+        ("cluster.num_workers=[1, 9]", "is 8 micro-batches, fewer than the 9 workers of cluster.num_workers"),
+        ("cluster.num_workers=[3, 2]", r"num_workers=[3, 2] must be [min, max]"),
         ("lora.rank=4", "section lora excludes training.method=full"),
         ("training.eval_interval_steps=2", "training.eval_interval_steps needs data.eval"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate=nan is not valid"),
@@ -89,9 +91,12 @@ def test_sections_are_frozen() -> None:
 
 def test_derived_values() -> None:
     config = load_config(TrainConfig, BASE, ["cluster.num_workers=2", "training.global_batch_size=12"])
-    assert config.gradient_accumulation_steps == 6
+    assert config.gradient_accumulation_steps() == 6
     assert config.strategy == "ddp"
     assert load_config(TrainConfig, BASE).strategy == "single"
+    elastic = load_config(TrainConfig, BASE, ["cluster.num_workers=[1, 3]"])
+    assert (elastic.strategy, elastic.cluster.min_workers, elastic.cluster.max_workers) == ("ddp", 1, 3)
+    assert [elastic.gradient_accumulation_steps(size) for size in (1, 2, 3)] == [8, 4, 3]
 
 
 def test_generation_needs_prompts() -> None:

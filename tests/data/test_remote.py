@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import logging
 import os
 import socket
 import threading
@@ -61,30 +60,6 @@ FORMATS = {
     "a.csv": (_arrow_file("csv"), ROWS),
     "a.txt": ("\n".join(row["text"] for row in TEXTS).encode(), TEXTS),
 }
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty bucket `data`, found as a user's is: by AWS_ENDPOINT_URL and credentials in the environment."""
-    import boto3
-
-    urlopen(Request(f"{s3_server}/moto-api/reset", method="POST"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    found = boto3.resource("s3", endpoint_url=s3_server).Bucket("data")
-    found.create()
-    return found
 
 
 def _put(bucket: Any, key: str, body: bytes = LINES) -> None:

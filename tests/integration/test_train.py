@@ -17,6 +17,7 @@ import raylm
 from raylm.errors import CheckpointError, ClusterError, DataError, ModelError, RaylmError
 from raylm.training.metrics import read_metrics
 from tests.conftest import PAIRS, command_line
+from tests.training.support import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -40,10 +41,9 @@ def _losses(run_dir: str | Path) -> list[float]:
 
 
 def _final_state(run_dir: str | Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
 
     newest = sorted((Path(run_dir) / "checkpoints").glob("step-*"))[-1]
-    return load_file(newest / "state.safetensors")
+    return read_checkpoint(newest)
 
 
 def test_two_ddp_workers_equal_one(settings: dict[str, Any], write_dataset: Any, tmp_path: Path) -> None:

@@ -112,5 +112,5 @@ def train_rank(
     if config.data.eval:
         evaluation = lambda: list(rows.stream(plan, micro, rank=rank, world=world_size))[: 3 - rank]  # noqa: E731
     data = WorkerData(lambda: rows.stream(plan, micro, start=start, rank=rank, world=world_size), evaluation)
-    run_worker(job, data, torch.device("cpu"), rank=rank, world_size=world_size, report=lambda figures: None)
+    run_worker(job, data, torch.device("cpu"), rank=rank, world_size=world_size)
     return list(read_metrics(run.path))

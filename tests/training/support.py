@@ -10,7 +10,9 @@ import torch
 from raylm.config import TrainConfig, load_config
 from raylm.data.plan import RunPlan, plan_run
 from raylm.data.stream import MicroBatch, PackedRow
+from raylm.training.checkpoint import open_state, read_meta
 from raylm.training.run_dir import RunDir
+from raylm.training.state import Piece
 from raylm.training.worker import WorkerData, WorkerJob, run_worker
 
 
@@ -30,7 +32,7 @@ class Rows:
         per_step = plan.global_batch_size // micro
         for step in range(start, plan.num_steps):
             for number in range(per_step):
-                if (step * per_step + number) % world == rank:
+                if ((step - start) * per_step + number) % world == rank:
                     places = range(number * micro, number * micro + micro)
                     found = [plan.row(step, place) for place in places]
                     yield MicroBatch(step, found[0][0], [self._packed(sequences) for _, sequences in found])
@@ -101,9 +103,7 @@ def run_in_process(
     job = WorkerJob(config, run, plan.num_steps, steps, {"setting": 1}, start_from)
     torch.use_deterministic_algorithms(True)
     try:
-        run_worker(
-            job, WorkerData(train, evaluation), torch.device("cpu"), rank=0, world_size=1, report=lambda figures: None
-        )
+        run_worker(job, WorkerData(train, evaluation), torch.device("cpu"), rank=0, world_size=1)
     except Killed:
         pass
     finally:
@@ -113,3 +113,28 @@ def run_in_process(
 
 class Killed(BaseException):
     """Stands for a SIGKILL: nothing catches it on its way."""
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    return dict(open_state(path, read_meta(path)))
+
+
+def whole_state(strategy: Any) -> dict[str, torch.Tensor]:
+    """Copies of all tensors that the ranks hold pieces of, on each rank."""
+    own = {
+        name: Piece(piece.values.detach().cpu().flatten().clone(), piece.start, piece.shape)
+        for name, piece in strategy.pieces().items()
+    }
+    found = [own]
+    if strategy.world_size > 1:
+        found = [{} for _ in range(strategy.world_size)]
+        torch.distributed.all_gather_object(found, own)
+    whole: dict[str, torch.Tensor] = {}
+    for pieces in found:
+        for name, piece in pieces.items():
+            whole.setdefault(name, torch.full(piece.shape, torch.nan)).view(-1)[
+                piece.start : piece.start + piece.values.numel()
+            ] = piece.values
+    assert not any(tensor.isnan().any() for tensor in whole.values())
+    return whole

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from raylm.config.deepspeed import deepspeed_config
 from raylm.config.sections import ModelSection
@@ -25,7 +24,7 @@ from raylm.training.module import LossModule
 from raylm.training.strategies.table import strategy_class
 from tests.tiny import build_tiny_model
 from tests.training.ranks import Ranks, ranks
-from tests.training.support import Rows, make_config, run_in_process
+from tests.training.support import Rows, make_config, read_checkpoint, run_in_process, whole_state
 
 ROWS = Rows(60)
 OUTSIDE = {"model.embed_tokens.weight", "model.norm.weight"}  # the head is tied
@@ -110,7 +109,7 @@ def _walk(
     strategy = strategy_class(strategy_name)(module, lambda named: build_optimizer(named, optimizer), device, section)
     lisa = Lisa(LisaSection(interval_steps=2), module.model, module.trainable(), seed=3)
     found = []
-    before = {name: value.clone() for name, value in strategy.state().items()}
+    before = whole_state(strategy)
     for interval in range(8):
         strategy.train_only(lisa.names(interval), keep_state=keep_state)
         for step in range(2):
@@ -120,7 +119,7 @@ def _walk(
                 ids = rng.integers(0, 200, int(rng.integers(5, 20))).astype(np.int32)
                 batches.append(batch_of([ids], [np.ones(len(ids), bool)]))
             train_step(strategy, batches, max_grad_norm=1.0, precision="fp32", step=step)
-        after = {name: value.clone() for name, value in strategy.state().items()}
+        after = whole_state(strategy)
         weights = [name for name in after if name.startswith("model/")]
         changed = {name[6:] for name in weights if not torch.equal(after[name], before[name])}
         sizes: dict[str, int] = {}
@@ -205,7 +204,7 @@ def _curve(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:
 def _state(run_dir: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
-    return load_file(newest / "state.safetensors")
+    return read_checkpoint(newest)
 
 
 def test_all_blocks_at_once_are_full_fine_tuning_bit_for_bit(deep_model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from raylm.models.load import load_model
 from raylm.training.checkpoint import newest_checkpoint
 from raylm.training.run import run_training
 from tests.tiny import build_tiny_model
-from tests.training.support import Rows, make_config, make_plan, run_in_process
+from tests.training.support import Rows, make_config, make_plan, read_checkpoint, run_in_process
 
 CPU = torch.device("cpu")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -78,7 +78,7 @@ def test_only_the_new_rows_change_also_under_weight_decay(tmp_path: Path, tied: 
     assert first + number == len(before[EMBEDDING])
     checkpoint = newest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
-    trained = [t for n, t in load_file(checkpoint / "state.safetensors").items() if n.startswith("model/")]
+    trained = [t for n, t in read_checkpoint(checkpoint).items() if n.startswith("model/")]
     assert [t.shape[0] for t in trained] == [number] * (1 if tied else 2)
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from raylm.data.stream import MicroBatch, PackedRow
 from raylm.errors import CheckpointError, TrainingError
 from raylm.models.load import load_model
 from raylm.training.checkpoint import list_checkpoints, newest_checkpoint
-from tests.training.support import Rows, make_config, make_plan, run_in_process
+from raylm.training.worker import steps_of
+from tests.training.support import Rows, make_config, make_plan, read_checkpoint, run_in_process
 
 ROWS = Rows()
 
@@ -25,7 +26,7 @@ def _losses(lines: list[dict[str, Any]]) -> list[tuple[float, float]]:
 def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
-    return load_file(newest / "state.safetensors")
+    return read_checkpoint(newest)
 
 
 def test_the_first_step_is_the_token_mean_of_plain_cross_entropy(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -153,3 +154,38 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny_model_dir: Path, tmp_pat
     meta.write_text(meta.read_text().replace('"setting": 1', '"setting": 2'))
     with pytest.raises(CheckpointError, match="was made with setting=2, the configuration says 1"):
         run_in_process(config, ROWS, start_from=newest, start=1)
+
+
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_each_micro_batch_is_one_ranks_and_all_ranks_have_as_many(world_size: int, start: int) -> None:
+    """Six micro-batches a step, dealt in turn from the start step on."""
+    stream = [
+        MicroBatch(step, 0, [PackedRow(np.full(3, 10 * step + number), np.ones(3, bool), np.array([3]), np.zeros(1))])
+        for step in range(start, 6)
+        for number in range(6)
+    ]
+    shares = [
+        list(
+            steps_of(
+                stream[rank::world_size],
+                micro_batches_per_step=6,
+                start_step=start,
+                rank=rank,
+                world_size=world_size,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    assert {len(share) for share in shares} == {6 - start}
+    for number, step in enumerate(range(start, 6)):
+        batches = [batch for share in shares for batch in share[number]]
+        assert {len(share[number]) for share in shares} == {-(-6 // world_size)}
+        found = sorted(int(batch.input_ids[0, 0]) for batch in batches if batch.loss_tokens)
+        assert found == [10 * step + place for place in range(6)]
+
+
+def test_a_micro_batch_of_another_step_is_a_fault() -> None:
+    row = PackedRow(np.ones(3, np.int32), np.ones(3, bool), np.array([3]), np.zeros(1))
+    with pytest.raises(AssertionError, match="step 0"):
+        list(steps_of([MicroBatch(1, 0, [row])], micro_batches_per_step=1, start_step=0))

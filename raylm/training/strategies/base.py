@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from raylm.training.batch import Batch
 from raylm.training.module import LossModule
+from raylm.training.state import Piece, collect_state, restore_state, share_of
 
 BuildOptimizer = Callable[[Sequence[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 """Makes an optimizer over named parameters, once they are what the strategy trains."""
@@ -57,15 +58,13 @@ class Strategy(Protocol):
         """
         ...
 
-    def state(self) -> dict[str, Tensor]:
-        """Trainable weights and optimizer state as whole, named tensors (training/state.py).
-
-        Called by all ranks; rank 0's result counts.
-        """
+    def pieces(self) -> dict[str, Piece]:
+        """This rank's pieces of trainable weights and optimizer state (training/state.py); of what several ranks hold,
+        one rank has it. References to what the next step changes. Called by all ranks."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state` returned."""
+        """Puts back a state, whole tensors by name, which may be read as they are asked for."""
         ...
 
 
@@ -93,6 +92,8 @@ class WholeState:
 
     holds_whole_weights = True
 
+    rank: int
+    world_size: int
     module: LossModule
     optimizer: Any
 
@@ -112,14 +113,11 @@ class WholeState:
             parameter.requires_grad_(name in names)
         rest_optimizer(self.optimizer, self.module.trainable(), keep_state=keep_state)
 
-    def state(self) -> dict[str, Tensor]:
+    def pieces(self) -> dict[str, Piece]:
         """See Strategy."""
-        from raylm.training.state import collect_state
-
-        return collect_state(self.module.trainable(), self.optimizer)
+        state = collect_state(self.module.trainable(), self.optimizer)
+        return share_of(state, rank=self.rank, world_size=self.world_size)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See Strategy."""
-        from raylm.training.state import restore_state
-
         restore_state(self.module.trainable(), self.optimizer, state)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from raylm.training.batch import Batch
 from raylm.training.module import LossModule
-from raylm.training.state import optimizer_slots, restore_weights
+from raylm.training.state import Piece, optimizer_slots, restore_weights, share_of
 from raylm.training.strategies.base import BuildOptimizer
 
 Slots = dict[str, Tensor]
@@ -104,30 +104,44 @@ class DeepspeedStrategy:
             if name not in names and not keep_state:
                 self._slots.pop(name, None)
 
-    def state(self) -> dict[str, Tensor]:
-        """See Strategy. One tensor at a time is whole, on rank 0 kept on the CPU."""
-        state: dict[str, Tensor] = {}
-
-        def keep(key: str, value: Tensor) -> None:
-            if self.rank == 0:
-                state[key] = value.detach().cpu()
-
+    def pieces(self) -> dict[str, Piece]:
+        """See Strategy. Stages 1 and 2 cut what they step into ranges of a flat tensor, stage 3 every parameter."""
+        whole: dict[str, Tensor] = {}
+        found: dict[str, Piece] = {}
         for name, parameter in self.module.trainable():
-            if hasattr(parameter, "ds_tensor"):
-                keep(f"model/{name}", self._whole(parameter.ds_tensor.detach(), parameter))
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if hasattr(parameter, "ds_tensor"):  # from the first engine on
+                found |= self._cut(f"model/{name}", parameter.ds_tensor.detach(), shape)
             else:
-                keep(f"model/{name}", parameter)
-            for key, value in self._slots_of(name, parameter).items():
-                whole = self._whole(value, parameter) if self._stage == 3 and value.ndim else value
-                keep(f"optimizer/{name}/{key}", whole)
-        return state
+                whole[f"model/{name}"] = parameter.detach()
+            partitioned = self._stage in (1, 2) and self._running is not None and parameter.requires_grad
+            flat, within, piece = self._place(parameter) if partitioned else (None, slice(0), slice(0))
+            live = self._running.optimizer.optimizer.state.get(flat, {}) if partitioned else {}
+            for slot, value in (live if partitioned else self._slots_of(name, parameter)).items():
+                key = f"optimizer/{name}/{slot}"
+                if not value.ndim:
+                    if self.rank == 0:
+                        found[key] = Piece(value, 0, ())
+                elif self._stage == 3:
+                    found |= self._cut(key, value, shape)
+                elif not partitioned:
+                    whole[key] = value
+                elif within.stop > (within.start or 0):
+                    found[key] = Piece(value[within], piece.start, tuple(parameter.shape))
+        return found | share_of(whole, rank=self.rank, world_size=self.world_size)
+
+    def _cut(self, key: str, part: Tensor, shape: torch.Size) -> dict[str, Piece]:
+        """This rank's part of a parameter, or of something of its shape, without the zeros after the end."""
+        start = self.rank * part.numel()
+        length = min(part.numel(), shape.numel() - start)
+        return {key: Piece(part.flatten()[:length], start, tuple(shape))} if length > 0 else {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See Strategy. Before the first step."""
         assert self._running is None, "the engine has been made"
         restore_weights(self.module.trainable(), state)
         self._slots = {
-            name: {key: self._part(value) if value.ndim and self._stage == 3 else value for key, value in slots.items()}
+            name: {slot: self._part(state[key]) if self._stage == 3 else state[key] for slot, key in slots.items()}
             for name, slots in optimizer_slots(state).items()
         }
 
@@ -248,15 +262,10 @@ class DeepspeedStrategy:
             slice(piece.start, piece.start + piece.numel),
         )
 
-    def _whole(self, part: Tensor, parameter: Any) -> Tensor:
-        """All ranks' parts of a parameter, or of something of its shape, in one."""
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        joined = torch.empty(self.world_size * part.numel(), dtype=part.dtype, device=self.device)
-        dist.all_gather_single(joined, part.to(self.device).contiguous())
-        return joined[: shape.numel()].view(shape)
-
     def _part(self, whole: Tensor) -> Tensor:
-        """This rank's part, cut as DeepSpeed cuts: equal lengths, zeros after the end."""
+        """This rank's part, cut as DeepSpeed cuts: equal lengths, zeros after the end. Counters are everyone's."""
+        if not whole.ndim:
+            return whole
         length = -(-whole.numel() // self.world_size)
         part = torch.zeros(length, dtype=whole.dtype)
         found = whole.flatten()[self.rank * length : (self.rank + 1) * length]

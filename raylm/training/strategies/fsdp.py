@@ -5,6 +5,7 @@ gathered from forward to backward. Gradients go back to their owners after every
 more traffic than holding whole ones, but whole gradients are what one shards for.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,14 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from raylm.config.training import FsdpSection
 from raylm.errors import ConfigError
 from raylm.models.blocks import decoder_blocks
 from raylm.training.batch import Batch
 from raylm.training.module import LossModule
-from raylm.training.state import collect_state, restore_state
+from raylm.training.state import Piece, collect_state, restore_state
 from raylm.training.strategies.base import BuildOptimizer, rest_optimizer
 
 
@@ -97,14 +99,21 @@ class FsdpStrategy:
         for name, parameter in self.module.trainable():
             parameter.requires_grad_(name in names)
 
-    def state(self) -> dict[str, Tensor]:
-        """See Strategy. One tensor at a time is whole, on rank 0 kept on the CPU."""
-        whole: dict[str, Tensor] = {}
+    def pieces(self) -> dict[str, Piece]:
+        """See Strategy. A parameter is cut by rows; what is not is taken from rank 0."""
+        found: dict[str, Piece] = {}
         for name, tensor in collect_state(self.module.trainable(), self.optimizer).items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.rank == 0:
-                whole[name] = full.cpu()
-        return whole
+            shape, start = tuple(tensor.shape), 0
+            if isinstance(tensor, DTensor) and tensor.placements[0] == Shard(0):
+                _, (first, *_) = compute_local_shape_and_global_offset(shape, self._mesh, tensor.placements)
+                tensor, start = tensor.to_local(), first * math.prod(shape[1:])
+            else:
+                tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if self.rank:
+                    continue
+            if tensor.numel():
+                found[name] = Piece(tensor, start, shape)
+        return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See Strategy."""
