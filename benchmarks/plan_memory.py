@@ -106,7 +106,7 @@ def _work(options: argparse.Namespace) -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     config = load_config(TrainConfig, json.loads(options.work))
-    world = config.cluster.num_workers
+    world = config.cluster.max_workers
     if config.strategy != "single":
         store = dist.FileStore(options.store, world)
         dist.init_process_group("gloo", store=store, rank=options.rank, world_size=world)
@@ -131,13 +131,13 @@ def _work(options: argparse.Namespace) -> None:
         profiler.start()
     model = load_model(config.model, device)
     loaded = _rss_anon() - before
-    module = LossModule(worker._prepared(model, config), config.loss)
+    module = LossModule(worker.prepared(model, config), config.loss)
     module.train()
     strategy = strategy_class(config.strategy)(
         module,
         lambda trainable: build_optimizer(trainable, config.optimizer),
         device,
-        worker._strategy_section(config, model),
+        worker._strategy_section(config, model, world),
     )
     if config.training.method == "lisa":
         worker._switching(config, strategy, 0)(0)
@@ -155,7 +155,7 @@ def _work(options: argparse.Namespace) -> None:
     vocabulary = model.config.vocab_size
     for step in range(options.steps):
         batches = []
-        for _ in range(config.gradient_accumulation_steps):
+        for _ in range(config.gradient_accumulation_steps()):
             ids = [rng.integers(0, vocabulary, options.tokens // 4).astype(np.int32) for _ in range(4)]
             batches.append(batch_of(ids, [np.ones(len(part), bool) for part in ids]))
         train_step(strategy, batches, max_grad_norm=1.0, precision="fp32", step=step)
@@ -180,7 +180,12 @@ def measure(tree: dict[str, Any], *, steps: int, tokens: int, allocations: bool 
         ranks = [
             subprocess.Popen(
                 [*command, "--rank", str(rank), "--store", f"{scratch}/store", "--result", f"{scratch}/{rank}"],
-                env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"},
+                env={
+                    **os.environ,
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    "OMP_NUM_THREADS": "1",
+                    "HF_DEACTIVATE_ASYNC_LOAD": "1",
+                },
                 stdout=subprocess.DEVNULL,
             )
             for rank in range(world)

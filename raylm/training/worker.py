@@ -27,12 +27,13 @@ from raylm.optim.build import build_optimizer
 from raylm.training.batch import Batch, empty_batch, to_batch
 from raylm.training.checkpoint import CheckpointMeta, check_identity, newest_checkpoint, open_state, read_meta
 from raylm.training.checkpoint_writer import CheckpointWriter
-from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib, resolve_precision
+from raylm.training.hardware import flops_per_token, matmul_peak_flops, matrices, memory_gib, resolve_precision
 from raylm.training.lisa import Lisa
 from raylm.training.loop import EvalResult, LoopSettings, StepResult, evaluate, run_loop
 from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
 from raylm.training.mirror import mirror_of
 from raylm.training.module import LossModule, check_model
+from raylm.training.profiling import StepProfiler
 from raylm.training.pulse import EXIT_CODE, Pulse
 from raylm.training.run_dir import RunDir
 from raylm.training.state import restore_weights
@@ -85,7 +86,7 @@ def run_worker(
     precision = resolve_precision(config.training.precision, device)
     model = load_model(config.model, device)
     tokenizer, end_token = _tokenizer_and_end(config)
-    module = LossModule(_prepared(model, config), config.loss)
+    module = LossModule(prepared(model, config), config.loss)
     isolated = config.data.packing or config.training.micro_batch_size > 1
     check_model(module, config.model.path, packing=isolated)
     strategy: Strategy = strategy_class(config.strategy)(
@@ -117,7 +118,7 @@ def run_worker(
             ),
             hooks,
             start_step=start_step,
-            before_step=_switching(config, strategy, start_step) if config.training.method == "lisa" else None,
+            before_step=_before_step(config, strategy, hooks, start_step),
         )
         hooks.end()
     finally:
@@ -128,6 +129,27 @@ def run_worker(
         assert events is not None
         events.write("exporting")
         _export(job, module.model if strategy.holds_whole_weights else _rebuilt(job), tokenizer, end_token)
+
+
+def _before_step(
+    config: TrainConfig, strategy: Strategy, hooks: "_WorkerHooks", start_step: int
+) -> Callable[[int], None]:
+    acts: list[Callable[[int], None]] = [hooks.before_step]
+    if config.training.method == "lisa":
+        acts.append(_switching(config, strategy, start_step))
+
+    def before(step: int) -> None:
+        for act in acts:
+            act(step)
+
+    return before
+
+
+def _profiler(job: WorkerJob, strategy: Strategy) -> StepProfiler | None:
+    steps = job.config.training.profile_steps
+    if steps is None:
+        return None
+    return StepProfiler(job.run.profile / f"rank-{strategy.rank}.json", *steps, strategy.device)
 
 
 def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Callable[[int], None]:
@@ -201,7 +223,8 @@ class _WorkerHooks:
             keep_best=section.keep_best,
             keeper=mirror_of(section.mirror),
         )
-        self._flops_per_token = 6 * matrix_parameters(strategy.module)
+        self._matrices = matrices(strategy.module)
+        self._profiler = _profiler(job, strategy)
         self._pulse = Pulse(
             job.run.ranks,
             rank=strategy.rank,
@@ -224,12 +247,20 @@ class _WorkerHooks:
             self._job.run.stuck.write_text(found)
         os._exit(EXIT_CODE)
 
+    def before_step(self, step: int) -> None:
+        """Before the step, counted from 0."""
+        if self._profiler is not None:
+            self._profiler.before_step(step)
+
     def step_done(self, result: StepResult) -> None:
         """See Hooks."""
         self._checkpoints.check()
+        if self._profiler is not None:
+            self._profiler.step_done(result.step)
         if self._writer is None or not self._logged(result.step):
             return
         rate = result.tokens / result.seconds
+        flops = flops_per_token(self._matrices)
         figures = {
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
@@ -238,7 +269,8 @@ class _WorkerHooks:
             "train/tokens": result.tokens,
             "train/loss_tokens": result.loss_tokens,
             "train/tokens_per_second": rate,
-            "train/mfu": rate * self._flops_per_token / self._peak_flops,
+            "train/flops": result.tokens * flops,
+            "train/mfu": rate * flops / self._peak_flops,
             "train/step_s": result.seconds,
             "train/data_wait_s": result.data_seconds,
             **{f"memory/{name}": value for name, value in memory_gib(self._strategy.device).items()},
@@ -285,6 +317,8 @@ class _WorkerHooks:
         """Whatever happened: lets a checkpoint that is being written end, and closes the sinks."""
         with contextlib.suppress(CheckpointError):
             self._checkpoints.wait()
+        if self._profiler is not None:
+            self._profiler.close()
         self._pulse.close()
         if self._writer is not None:
             self._writer.close()
@@ -310,7 +344,7 @@ def epoch_at(steps_per_epoch: tuple[int, ...], step: int) -> float:
     return float(len(steps_per_epoch))
 
 
-def _prepared(model: Any, config: TrainConfig) -> Any:
+def prepared(model: Any, config: TrainConfig) -> Any:
     if config.training.method == "lora":
         model = add_lora(model, config.lora_or_default, seed=config.run.seed)
     elif config.training.method == "new_rows":
@@ -362,7 +396,7 @@ def _rebuilt(job: WorkerJob) -> Any:
     """The trained model on the CPU, from the base and the last checkpoint: no rank of a sharded run holds it."""
     newest = newest_checkpoint(job.run.checkpoints)
     assert newest is not None, "a run ends with a checkpoint"
-    model = _prepared(load_model(job.config.model, torch.device("cpu")), job.config)
+    model = prepared(load_model(job.config.model, torch.device("cpu")), job.config)
     restore_weights(LossModule(model).trainable(), open_state(newest, read_meta(newest)))
     return model
 
