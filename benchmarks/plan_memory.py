@@ -117,7 +117,7 @@ def _work(options: argparse.Namespace) -> None:
         _deepspeed(torch.device("cpu"))
     if config.training.method == "lora":
         import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     small = torch.nn.Linear(256, 256)
     small(torch.ones(256, 256)).sum().backward()

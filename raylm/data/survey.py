@@ -30,9 +30,9 @@ _COLUMNS = ["file", "index", "length", "loss_tokens", "reason"]
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """lengths: (n,) int32 tokens of each sequence; weights: (n,) uses in an epoch, None for one each; loss_share: of the
-    tokens, those that carry loss; source: `cache`, `tokenised` (both exact), `sample`, or `beginning`, where the rest is
-    of unknown size (compressed files, addresses)."""
+    """lengths: (n,) int32 tokens of each sequence; weights: (n,) uses in an epoch, None for one each; loss_share: of
+    the tokens, those that carry loss; source: `cache` or `tokenised` (exact), `sample`, or `beginning`, where the size
+    of the rest is unknown (compressed files, addresses)."""
 
     lengths: np.ndarray
     weights: np.ndarray | None
@@ -74,6 +74,16 @@ class _Found:
     lengths: np.ndarray
     loss: np.ndarray
     reasons: list[str]
+
+
+def _found(columns: dict[str, list[Any]]) -> _Found:
+    return _Found(
+        np.asarray(columns["file"], np.int32),
+        np.asarray(columns["index"], np.int64),
+        np.asarray(columns["length"], np.int32),
+        np.asarray(columns["loss_tokens"], np.int64),
+        columns["reason"],
+    )
 
 
 def _read(number: int, file: SourceFile, rows: RowTokenizer, keep: Keep, limit: int | None) -> tuple[_Found, bool, int]:

@@ -66,8 +66,8 @@ def flops_per_token(found: Matrices) -> int:
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB: resident on the host; on a GPU allocated now and at its peak, and reserved, which is
-    what the allocator has of the device."""
+    """Memory of this process in GiB: resident on the host; on a GPU what tensors take now and took at most, and what
+    the allocator has reserved."""
     import psutil
 
     figures = {"host_gib": psutil.Process().memory_info().rss / 2**30}

@@ -24,9 +24,13 @@ FP32 = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a strategy with some settings shares the model. cut: what each rank holds a part of; whole_gradients: they are
-    whole until the last micro-batch of a step; copies: of the gradients, in buckets that are exchanged; master: a second
-    fp32 copy of what a rank steps; buckets: DeepSpeed's buffers; offload: what lies in host memory."""
+    """How a strategy with some settings shares the model.
+
+    cut: what each rank holds a part of (w weights, g gradients, o optimizer state); offload: what lies in host memory;
+    whole_gradients: they are whole until the last micro-batch; copies: of the gradients, in buckets that are exchanged;
+    master: a second fp32 copy of what a rank steps; buckets: DeepSpeed's buffers; gathers: which weights are whole at
+    work, the `block` at hand or `all`.
+    """
 
     strategy: str
     section: dict[str, Any] = field(default_factory=dict)
@@ -77,10 +81,12 @@ LAYOUTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank. weights, gradients, optimizer: held from step to step (gradients: within one), a master copy
-    counted with the optimizer; activations, loss: of one micro-batch; communication: gathered weights and buffers; peak:
-    the most on the device at any time; loading: the most while weights load; host: offloaded parts, and the copy from
-    which a checkpoint is written."""
+    """Bytes of one rank.
+
+    weights, gradients, optimizer: what it holds, a master copy counted with the optimizer; activations, loss: of one
+    micro-batch; communication: gathered weights and buffers; loading: the most while weights load; peak: the most on
+    the device at any time; host: offloaded parts, and the copy from which a checkpoint is written.
+    """
 
     name: str
     workers: int
@@ -144,7 +150,8 @@ def memory_table(
 ) -> list[Memory]:
     """Memory of one rank for every layout, the chosen one among them.
 
-    module: on the meta device, with requires_grad as a step has it. on_gpu: whether there is a device beside the host. tokens, loss_tokens, sequences: of a micro-batch.
+    module: on the meta device, with requires_grad as a step has it. tokens, loss_tokens, sequences: of a micro-batch.
+    on_gpu: there is a device beside the host.
     """
     chosen = layout_of(config)
     shown = tuple(row for row in LAYOUTS if on_gpu or not row.section.get("cpu_offload"))
@@ -198,7 +205,7 @@ def _memory(
     host = sum(size for kind, size in held.items() if kind in layout.offload)
     here = {kind: 0 if kind in layout.offload else size for kind, size in held.items()}
     standing = here["w"] + here["o"] + gathered + exchanged
-    flat = here["g"] if layout.buckets and "w" in layout.cut or ("g" in layout.cut and accumulated) else 0
+    flat = here["g"] if (layout.buckets and "w" in layout.cut) or ("g" in layout.cut and accumulated) else 0
     bucket_stands = bucket if "w" in layout.cut else 0
     in_pass = standing + flat + bucket_stands + trace.peak
     in_update = here["w"] + here["o"] + here["g"] + exchanged + bucket + _scattering(layout, module, blocks, learns)

@@ -1,9 +1,9 @@
-"""Bytes of tensors that are alive during a micro-batch, counted without computing: the model's own code on meta tensors.
+"""Bytes of tensors that are alive during a micro-batch, counted without computing.
 
-The module that is trained runs forward and backward on tensors that have shapes but no memory, and every storage that an
-operator makes is counted from its making to its last use. No formula of a block's activations is needed, so any
-architecture, method and gradient checkpointing is counted as it is. What a kernel allocates for itself is not seen;
-the only large case in a step, logsumexp over the vocabulary, is added.
+The module that is trained runs forward and backward on meta tensors, which have shapes but no memory, and every storage
+that an operator makes is counted from its making to its last use. No formula of a block's activations is needed, so any
+architecture, method and gradient checkpointing is counted as it is. What a kernel allocates for itself is not seen; the
+only large case in a step, logsumexp over the vocabulary, is added.
 """
 
 import weakref
@@ -35,9 +35,11 @@ _PRODUCTS = {
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """Bytes beside the weights. activations: saved for the backward pass when the decoder is done; loss: alive on top of
-    them while the loss is computed, its gradient of the output layer included; peak: the most at any time, gradients
-    included."""
+    """Bytes beside the weights.
+
+    activations: saved for the backward pass when the decoder is done; loss: the most on top of them while the loss is
+    computed, its gradient of the output layer included; peak: the most at any time, gradients included.
+    """
 
     activations: int
     loss: int
@@ -158,7 +160,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(query.shape[:2] + (query.shape[2], value.shape[-1]))
+        output = query.new_empty(*query.shape[:3], value.shape[-1])
         normaliser = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         ctx.save_for_backward(query, key, value, output, normaliser)
         return output
