@@ -1,11 +1,14 @@
-"""What `raylm plan` says of memory beside what training takes: two sizes of Llama, several strategies and methods.
+"""What `raylm plan` says of memory beside what training takes: two sizes of Llama, strategies and methods.
 
-    python benchmarks/plan_memory.py [--only 5m-full-single,...] [--steps 3] [--tokens 512]
+    python benchmarks/plan_memory.py [--only 5m-full-single,45m-full-fsdp] [--steps 3] [--tokens 512]
 
-Each case runs in processes of its own, one a rank, through the worker's own steps. Measured are, on rank 0: `held`,
-the bytes of all live tensors that Python can see between backward and update, each storage once; `peak`, the growth of
-the process's own memory (RssAnon: resident memory without files and what is shared) from after the imports to the end
-of the last step, which on a CPU is the peak because freed memory is kept. The last line of stdout is one JSON object.
+Each case takes real steps in processes of its own, one a rank, and is measured on rank 0:
+  held       bytes of all tensors that Python can see between backward pass and update, each storage once
+  allocated  the most bytes that torch's CPU allocator had given out at any time, by its own account (a run of its own)
+  resident   growth of the process's own memory (RssAnon: without files and what is shared) from after the imports on;
+             freed memory is kept, as in a worker, so this is the peak, with what the C allocator loses to fragments
+`worst_error` is the largest of held and allocated, `worst_resident_error` that of resident. The last line of stdout is
+one JSON object.
 """
 
 import argparse
@@ -200,6 +203,29 @@ def measure(tree: dict[str, Any], *, steps: int, tokens: int, allocations: bool 
         return dict(json.loads(Path(f"{scratch}/0").read_text()))
 
 
+def _model(size: str, folder: Path) -> Path:
+    """A Llama with random weights, stored in bf16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.tiny import build_tokenizer
+
+    torch.manual_seed(0)
+    target = folder / size
+    LlamaForCausalLM(LlamaConfig(**SIZES[size], tie_word_embeddings=True)).to(torch.bfloat16).save_pretrained(target)
+    build_tokenizer().save_pretrained(target)
+    return target
+
+
+def _planned(tree: dict[str, Any], data: Path, *, tokens: int) -> dict[str, int]:
+    """Held and most bytes, by the plan."""
+    import raylm
+
+    overrides = {"data.train": str(data), "data.loss_on": "all", "data.max_seq_len": tokens, "data.cache": False}
+    row = raylm.plan(tree, overrides, tokens_per_second=1.0, memory_gib=1024).chosen
+    return {"held": row.weights + row.gradients + row.optimizer, "peak": row.peak}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases such as 45m-full-fsdp, with commas between")
@@ -212,6 +238,57 @@ def main() -> None:
     options = parser.parse_args()
     if options.work:
         _work(options)
+        return
+    from raylm.config import TrainConfig, load_config
+
+    wanted = options.only.split(",") if options.only else None
+    report: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "data.jsonl"
+        data.write_text('{"text": "one two three four five six seven eight nine ten"}\n' * 200)
+        print(f"{'MiB on rank 0':24}{'held':>8}{'planned':>9}{'allocated':>11}{'planned':>9}{'resident':>10}")
+        for size in SIZES:
+            model = _model(size, Path(scratch))
+            for method, strategy in CASES:
+                name = f"{size}-{method}-{strategy}"
+                if wanted and name not in wanted:
+                    continue
+                base = {
+                    "model": {"path": str(model)},
+                    "data": {"train": "unused.json"},
+                    "run": {"dir": f"{scratch}/{name}"},
+                    "training": {"precision": "fp32", "global_batch_size": 1 if strategy == "single" else 2},
+                }
+                config = load_config(TrainConfig, base, METHODS[method] + STRATEGIES[strategy])
+                tree = config.model_dump(mode="json", exclude_unset=True)
+                planned = _planned(tree, data, tokens=options.tokens)
+                allocations = measure(tree, steps=options.steps, tokens=options.tokens, allocations=True)
+                resident = measure(tree, steps=options.steps, tokens=options.tokens)["peak"]
+                held, allocated = allocations["held"], allocations["allocated"]
+                report[name] = {
+                    "held": held,
+                    "held_error": round(planned["held"] / (held - _bucket_bytes(strategy, size)) - 1, 4),
+                    "allocated": allocated,
+                    "allocated_error": round(planned["peak"] / allocated - 1, 4),
+                    "resident": resident,
+                    "resident_error": round(planned["peak"] / resident - 1, 4),
+                }
+                shown = (held, planned["held"], allocated, planned["peak"], resident)
+                widths = (8, 9, 11, 9, 10)
+                cells = (f"{value / 2**20:>{width}.0f}" for value, width in zip(shown, widths, strict=True))
+                print(f"{name:24}{''.join(cells)}", flush=True)
+    errors = [abs(row[key]) for row in report.values() for key in ("held_error", "allocated_error")]
+    resident_errors = [abs(row["resident_error"]) for row in report.values()]
+    print(
+        json.dumps(
+            {"worst_error": max(errors), "worst_resident_error": max(resident_errors), "cases": report},
+        )
+    )
+
+
+def _bucket_bytes(strategy: str, size: str) -> int:
+    """ZeRO-3's bucket lies beside weights, gradients and state; the plan has it under communication."""
+    return 4 * max(SIZES[size]["hidden_size"] ** 2, 5_000_000) if strategy == "zero3" else 0
 
 
 if __name__ == "__main__":

@@ -132,9 +132,13 @@ def test_each_layout_is_the_one_its_settings_choose(layout: Any, tmp_path: Path)
     section = {f"{layout.strategy}.{key}": value for key, value in layout.section.items()}
     base = {"model.path": "m", "data.train": "d", "training.strategy": layout.strategy, **section}
     assert layout_of(load_config(TrainConfig, base)) is layout
-    if layout.strategy != "single":
-        other = {"deepspeed": {"deepspeed.stage": 0}, "fsdp": {"fsdp.cpu_offload": True}}.get(layout.strategy, {})
-        assert layout_of(load_config(TrainConfig, {**base, **other})).strategy == layout.strategy
+
+
+def test_a_choice_that_the_table_lacks_gets_a_row(make_plan: Any) -> None:
+    plan = make_plan("training.strategy=deepspeed", "deepspeed.stage=1", "deepspeed.offload_optimizer=true")
+    assert plan.chosen.name == "deepspeed stage=1 offload_optimizer=true"
+    assert len(plan.memory) > len([row for row in LAYOUTS if not row.section.get("cpu_offload")])
+    assert make_plan("training.strategy=deepspeed", "deepspeed.stage=0").chosen.name == "deepspeed stage=0"
 
 
 def test_lisa_holds_the_state_of_what_learns(make_plan: Any) -> None:
@@ -169,7 +173,6 @@ def test_steps_tokens_and_rates_are_the_runs(make_plan: Any, ray_cluster: Any, t
 
 
 def test_large_files_are_sampled(make_plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make_plan()
     rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in PAIRS * 400
@@ -177,9 +180,12 @@ def test_large_files_are_sampled(make_plan: Any, tmp_path: Path, monkeypatch: py
     path = tmp_path / "large.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     plan = make_plan(f"data.train={path}")
-    assert plan.data_source == "sample"
+    monkeypatch.setattr("raylm.data.survey.SMALL_BYTES", 10**9)
+    exact = make_plan(f"data.train={path}")
+    assert (plan.data_source, exact.data_source) == ("sample", "tokenised")
     assert plan.sequences == pytest.approx(len(rows), rel=0.05)
-    assert plan.steps == pytest.approx(whole.steps * 400, rel=0.1)
+    assert plan.steps == pytest.approx(exact.steps, rel=0.05)
+    assert plan.tokens == pytest.approx(exact.tokens, rel=0.05)
     assert any("about" in line for line in plan_lines(plan))
 
 

@@ -21,7 +21,8 @@ def plan_lines(plan: Plan) -> list[str]:
     epochs = ", ".join(map(str, dict.fromkeys(plan.steps_per_epoch)))
     lines = [
         f"model           {plan.model}",
-        f"method          {plan.method}: {plan.trainable_parameters:,} of {plan.parameters:,} parameters ({share:.2f} %)",
+        f"method          {plan.method}",
+        f"learns          {plan.trainable_parameters:,} of {plan.parameters:,} parameters ({share:.2f} %)",
         f"run             {plan.strategy}, workers: {plan.workers}, {plan.device}, {plan.precision}",
         f"data            {plan.sequences:,} sequences, {100 * plan.loss_share:.0f} % of tokens carry loss ({origin})",
         f"steps           {least}{plan.steps:,}; an epoch has {least}{epochs}",
@@ -45,15 +46,11 @@ def _table(rows: Sequence[Memory]) -> list[str]:
     cells = [["", "workers", *heads, "fits"]]
     for row in rows:
         values = [_amount(getattr(row, head)) for head in heads]
-        cells.append(
-            [f"{'*' if row.chosen else ' '} {row.name}", str(row.workers), *values, "yes" if row.fits else "no"]
-        )
+        mark, fits = "*" if row.chosen else " ", "yes" if row.fits else "no"
+        cells.append([f"{mark} {row.name}", str(row.workers), *values, fits])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])  # names left, figures right
         for line in cells
     ]
 

@@ -81,7 +81,7 @@ def trace_micro_batch(
             in_loss, live.peak = live.peak, max(live.peak, in_forward)
             operators.cast.clear()
             del hidden
-            loss.backward()
+            _backward(loss)
             del loss
     finally:
         for hook in hooks:
@@ -168,6 +168,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _backward(loss: Tensor) -> None:
+    """loss.backward() that stays in the function mode, which checkpointed blocks need when they are computed again:
+    PyTorch leaves the mode for functions that the mode could override."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _drop_gradient(parameter: nn.Parameter) -> None:
