@@ -15,6 +15,7 @@ HEAVY = ("torch", "ray", "transformers", "vllm", "peft", "datasets", "numpy", "p
         ["train", "--help"],
         ["config", "show", "no-such.yaml"],
         ["train", "no-such.yaml"],
+        ["plan", "no-such.yaml"],
         ["vocab", "extend", "--help"],
     ],
 )
