@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from raylm.inference.generate import GenerateResult
     from raylm.merging import MergeResult
     from raylm.serving import Endpoint
+    from raylm.training.planning.plan import Plan
     from raylm.training.run import TrainResult
     from raylm.vocabulary import VocabularyResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "extend_vocabulary", "generate", "merge_adapter", "serve", "session", "train"]
+__all__ = ["__version__", "extend_vocabulary", "generate", "merge_adapter", "plan", "serve", "session", "train"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -34,6 +35,27 @@ def train(config: "str | Path | Mapping[str, Any] | TrainConfig", overrides: Ove
     from raylm.training.run import run_training
 
     return run_training(resolved)
+
+
+def plan(
+    config: "str | Path | Mapping[str, Any] | TrainConfig",
+    overrides: Overrides = (),
+    *,
+    tokens_per_second: float | None = None,
+    utilisation: float = 0.4,
+    memory_gib: float | None = None,
+) -> "Plan":
+    """What `train` would do with the same arguments: parameters, steps, tokens, FLOPs, time, memory by strategy.
+
+    Makes the checks of `train` and starts nothing; reads no weights. tokens_per_second: measured, of all ranks;
+    utilisation: MFU to assume without; memory_gib: of each rank. Raises RaylmError.
+    """
+    from raylm.config import TrainConfig, load_config
+
+    resolved = load_config(TrainConfig, config, overrides)
+    from raylm.training.planning.plan import plan_training
+
+    return plan_training(resolved, tokens_per_second=tokens_per_second, utilisation=utilisation, memory_gib=memory_gib)
 
 
 def serve(

@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", _train, "fine-tune a model as a YAML file says")
     train.add_argument("config", help="YAML configuration")
     _overrides(train)
+    plan = _command(commands, "plan", _plan, "say what a run would take, and check it, before anything starts")
+    plan.add_argument("config", help="YAML configuration")
+    plan.add_argument("--tokens-per-second", type=float, metavar="X", help="measured rate of all ranks, for the time")
+    plan.add_argument("--utilisation", type=float, default=0.4, metavar="X", help="MFU to assume (default 0.4)")
+    plan.add_argument("--memory-gib", type=float, metavar="X", help="memory of each rank (default: this machine's)")
+    _overrides(plan)
     serve = _command(commands, "serve", _serve, "host a model behind an OpenAI-compatible endpoint")
     serve.add_argument("model", help="hub id, folder, GGUF file, or YAML of a server")
     _overrides(serve)
@@ -141,6 +147,22 @@ def _train(options: Any) -> None:
     if result.export_dir:
         print(f"model           {result.export_dir}")
         print(f"try it          raylm chat {result.export_dir}")
+
+
+def _plan(options: Any) -> None:
+    plan = raylm.plan(
+        options.config,
+        options.overrides,
+        tokens_per_second=options.tokens_per_second,
+        utilisation=options.utilisation,
+        memory_gib=options.memory_gib,
+    )
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(plan), "fits": plan.fits}))
+        return
+    from raylm.training.planning.report import plan_lines
+
+    print("\n".join(plan_lines(plan)))
 
 
 def _checkpoints(options: Any) -> None:

@@ -27,6 +27,7 @@ HEAVY = (
         ["train", "--help"],
         ["config", "show", "no-such.yaml"],
         ["train", "no-such.yaml"],
+        ["plan", "no-such.yaml"],
         ["vocab", "extend", "--help"],
         ["track", "no-such-run"],
     ],

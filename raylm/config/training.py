@@ -53,6 +53,16 @@ class TrainingSection(Section):
     max_time_s: Annotated[float, Field(gt=0)] | None = None
     """Seconds after which the run ends with a checkpoint and an export; they count from the call, data included."""
 
+    profile_steps: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """First and last step to record with torch's profiler, such as `[3, 5]`: a Chrome trace of each rank in
+    `run.dir`/profile. A step takes longer while it is recorded."""
+
+    @model_validator(mode="after")
+    def profiled_steps_are_in_order(self) -> Self:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps={list(self.profile_steps)} must be [first, last]")
+        return self
+
     @model_validator(mode="after")
     def early_stopping_needs_evaluations(self) -> Self:
         if self.early_stopping_patience is not None and self.eval_interval_steps is None:

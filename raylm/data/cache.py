@@ -96,6 +96,12 @@ class Cache:
             return None
         return shards
 
+    def columns(self, shard: Shard, names: list[str]) -> pa.Table:
+        """Some columns of a shard, whose bytes are not held against its digest. Raises OSError."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(f"{self._folder}/{shard.name}", columns=names, filesystem=self._system)
+
     def write_shard(self, table: pa.Table) -> Shard:
         """Stores a table. Raises OSError, such as for a full disk."""
         import pyarrow.parquet as pq
@@ -148,6 +154,11 @@ def cache_root(setting: bool | str, *, num_nodes: int) -> str | None:
         logger.info("the data are not cached: on several nodes, set data.cache to a folder that all share")
         return None
     return os.path.expanduser(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
+
+
+def existing(root: str, key: str) -> Cache:
+    """An entry as it is: no folder is made. Raises DataError."""
+    return _reopen(root, key)
 
 
 def _reopen(root: str, key: str) -> Cache:

@@ -132,16 +132,20 @@ def tokenize_files(
     files = list_files(sources)
     loaded = tokenizer.load()
     root = cache_root(section.cache, num_nodes=sum(node["Alive"] for node in ray.nodes()))
-    versions = [_version(file) for file in files] if root else []
-    cache = None
-    if root and all(versions):
-        cache = Cache(root, _address(files, versions, section, loaded, tokenizer.name, seed))
+    key = cache_key(files, section, loaded, tokenizer.name, seed) if root else None
+    cache = Cache(root, key) if root and key else None
     cached = _from_cache(cache) if cache else None
     refs = _tokenized(files, section, tokenizer, loaded, seed) if cached is None else cached
     store, report = _index(refs, files, sources, section.max_rows)
     if cache and cached is None and not any(row.index < 0 for row in report.rejected):
         _fill(cache, refs)  # not what a file could not be read for: that may be better tomorrow
     return store, report
+
+
+def cache_key(files: Sequence[SourceFile], section: DataSection, tokenizer: Any, model: str, seed: int) -> str | None:
+    """The name of the cache's entry for these files; None where a file may change without a sign."""
+    versions = [_version(file) for file in files]
+    return _address(files, versions, section, tokenizer, model, seed) if all(versions) else None
 
 
 def _version(file: SourceFile) -> str:
@@ -187,7 +191,7 @@ def _tokenized(
     """References of blocks of TOKENS_SCHEMA, in file order."""
     import ray
 
-    keep = _Keep(section.sample, seed, section.max_rows)
+    keep = Keep(section.sample, seed, section.max_rows)
     sizes = [num_bytes(file.path) for file in files]
     total = None if None in sizes else sum(size or 0 for size in sizes)
     if total is not None and total <= SMALL_BYTES:  # done before a worker has imported its tokenizer
@@ -204,7 +208,7 @@ def _tokenized_by_ray_data(
     section: DataSection,
     source: TokenizerSource,
     tokenizer: Any,
-    keep: "_Keep",
+    keep: "Keep",
     total: int | None,
 ) -> list[Any]:
     """A task for each file feeds actors that tokenise; total: bytes of all files, where they are known.
@@ -316,7 +320,7 @@ def _block(ref: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Keep:
+class Keep:
     """Which rows of a file are looked at."""
 
     share: float
@@ -331,7 +335,7 @@ class _Keep:
         return int.from_bytes(digest, "big") < self.share * 2**64
 
 
-def raw_rows(file: SourceFile, number: int, keep: "_Keep") -> Iterator[tuple[RawRow, str]]:
+def raw_rows(file: SourceFile, number: int, keep: "Keep") -> Iterator[tuple[RawRow, str]]:
     """Rows of a file with the reason for which they are not looked at further, if any; last their number, as `end`."""
     taken = count = 0
     for row in read_rows(file.path, file.options):
@@ -348,7 +352,7 @@ def raw_rows(file: SourceFile, number: int, keep: "_Keep") -> Iterator[tuple[Raw
     yield RawRow(count, 0, None), "end"
 
 
-def _read_files(batch: pa.Table, files: Sequence[SourceFile], keep: _Keep) -> Iterator[pa.Table]:
+def _read_files(batch: pa.Table, files: Sequence[SourceFile], keep: Keep) -> Iterator[pa.Table]:
     for number in batch["number"].to_pylist():
         rows: list[tuple[RawRow, str]] = []
         size = 0

@@ -67,19 +67,37 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+Matrices = list[tuple[torch.nn.Parameter, int]]
+
+
+def matrices(module: torch.nn.Module) -> Matrices:
+    """The matrices of a module and their elements, embedding and output layer once when tied. Before a strategy has cut
+    them up: sharded ones do not tell."""
+    return [(parameter, num_elements(parameter)) for parameter in module.parameters() if parameter.ndim >= 2]
+
+
 def matrix_parameters(module: torch.nn.Module) -> int:
-    """Elements of all matrices (embedding and output layer counted once when tied): 6 times this is what a token
-    costs in a forward and backward pass by the usual rule."""
-    return sum(num_elements(parameter) for parameter in module.parameters() if parameter.ndim >= 2)
+    """Elements of all matrices."""
+    return sum(elements for _, elements in matrices(module))
+
+
+def flops_per_token(found: Matrices) -> int:
+    """Floating-point operations of a forward and backward pass by the usual rule: 2 for each element of a matrix
+    forward, 2 for the gradient of its input, 2 for its own gradient where it learns now. Attention's products of tokens
+    with tokens, and what gradient checkpointing computes again, are not counted."""
+    return sum(elements * (6 if parameter.requires_grad else 4) for parameter, elements in found)
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """Peak device memory and resident host memory of this process, in GiB."""
+    """Memory of this process in GiB: resident on the host; on a GPU what tensors take now and took at most, and what
+    the allocator has reserved."""
     import psutil
 
     figures = {"host_gib": psutil.Process().memory_info().rss / 2**30}
     if device.type == "cuda":
+        figures["device_allocated_gib"] = torch.cuda.memory_allocated(device) / 2**30
         figures["device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        figures["device_reserved_gib"] = torch.cuda.memory_reserved(device) / 2**30
     return figures
 
 

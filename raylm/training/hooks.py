@@ -15,11 +15,12 @@ from raylm.training.batch import to_batch
 from raylm.training.checkpoint import CheckpointMeta
 from raylm.training.checkpoint_writer import CheckpointWriter
 from raylm.training.ema import Ema
-from raylm.training.hardware import matmul_peak_flops, matrix_parameters, memory_gib
+from raylm.training.hardware import flops_per_token, matmul_peak_flops, matrices, memory_gib
 from raylm.training.job import WorkerData, WorkerJob
 from raylm.training.loop import EvalResult, StepResult, evaluate
 from raylm.training.metrics import EventsWriter, MetricsWriter, read_metrics
 from raylm.training.mirror import mirror_of
+from raylm.training.profiling import StepProfiler
 from raylm.training.pulse import EXIT_CODE, Pulse
 from raylm.training.state import Piece
 from raylm.training.stopping import Patience, Stop, Watch
@@ -68,7 +69,8 @@ class WorkerHooks:
             keep_best=section.keep_best,
             keeper=mirror_of(section.mirror),
         )
-        self._flops_per_token = 6 * matrix_parameters(strategy.module)
+        self._matrices = matrices(strategy.module)
+        self._profiler = _profiler(job, strategy)
         self._pulse = Pulse(
             job.run.ranks,
             rank=strategy.rank,
@@ -91,14 +93,22 @@ class WorkerHooks:
             self._job.run.stuck.write_text(found)
         os._exit(EXIT_CODE)
 
+    def before_step(self, step: int) -> None:
+        """Before the step, counted from 0."""
+        if self._profiler is not None:
+            self._profiler.before_step(step)
+
     def step_done(self, result: StepResult) -> None:
         """See Hooks."""
         self._checkpoints.check()
+        if self._profiler is not None:
+            self._profiler.step_done(result.step)
         if self._ema:
             self._ema.update()
         if self._writer is None or not self._logged(result.step):
             return
         rate = result.tokens / result.seconds
+        flops = flops_per_token(self._matrices)
         figures = {
             "train/loss": result.loss,
             **({"train/grad_norm": result.grad_norm} if math.isfinite(result.grad_norm) else {}),
@@ -107,7 +117,8 @@ class WorkerHooks:
             "train/tokens": result.tokens,
             "train/loss_tokens": result.loss_tokens,
             "train/tokens_per_second": rate,
-            "train/mfu": rate * self._flops_per_token / self._peak_flops,
+            "train/flops": result.tokens * flops,
+            "train/mfu": rate * flops / self._peak_flops,
             "train/step_s": result.seconds,
             "train/data_wait_s": result.data_seconds,
             **{f"memory/{name}": value for name, value in memory_gib(self._strategy.device).items()},
@@ -161,6 +172,8 @@ class WorkerHooks:
         """Whatever happened: lets a checkpoint that is being written end, and closes the file of figures."""
         with contextlib.suppress(CheckpointError):
             self._checkpoints.wait()
+        if self._profiler is not None:
+            self._profiler.close()
         self._pulse.close()
         if self._writer is not None:
             self._writer.close()
@@ -190,3 +203,10 @@ def _token(strategy: Strategy) -> str:
     """A number that rank 0 draws for this group of workers."""
     drawn = secrets.randbits(60) if strategy.rank == 0 else 0
     return f"{int(strategy.sum_over_ranks(torch.tensor(drawn, dtype=torch.int64, device=strategy.device))):015x}"
+
+
+def _profiler(job: WorkerJob, strategy: Strategy) -> StepProfiler | None:
+    steps = job.config.training.profile_steps
+    if steps is None:
+        return None
+    return StepProfiler(job.run.profile / f"rank-{strategy.rank}.json", *steps, strategy.device)

@@ -17,6 +17,7 @@ def next_token_loss(
     chunk_tokens: int = 1024,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Summed cross-entropy in nats over the positions that carry loss; the caller divides by the global count.
 
@@ -25,12 +26,13 @@ def next_token_loss(
     chunk_tokens positions at a time: no logits are kept, and peak memory is chunk_tokens x vocab_size x 4 bytes.
     label_smoothing: share of each target that is spread evenly over the vocabulary (arXiv:1512.00567, section 7).
     z_loss: times the squared log of the softmax's normaliser is added to each position's loss (arXiv:2204.02311,
-    section 5). Under autocast the products run in its dtype; loss and softmax are fp32. Returns a 0-d fp32 tensor; 0,
-    with a gradient, when nothing carries loss.
+    section 5). dtype: of the products; default: autocast's, or that of hidden. Loss and softmax are fp32. Returns a 0-d
+    fp32 tensor; 0, with a gradient, when nothing carries loss.
     """
     carries = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     options = (chunk_tokens, dtype, label_smoothing, z_loss)
     loss: Tensor = _FusedLoss.apply(hidden.index_select(0, carries), weight, bias, labels[carries], *options)
     return loss

@@ -36,12 +36,15 @@ class LossModule(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats over the batch's labels, 0-d fp32."""
         causal = base_of(self.model)
-        self._seq_lengths = batch.seq_lengths
-        hidden = self._hidden(causal, batch)
-        weight, bias = output_layer(causal)
+        return self.loss_of(self.hidden(causal, batch), *output_layer(causal), batch.labels)
+
+    def loss_of(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The summed loss of the decoder's states, and what it has besides in training mode (next_token_loss)."""
         extras = self._extras if self.training else LossSection()
         return next_token_loss(
-            hidden, weight, bias, batch.labels, label_smoothing=extras.label_smoothing, z_loss=extras.z_loss
+            hidden, weight, bias, labels, label_smoothing=extras.label_smoothing, z_loss=extras.z_loss, dtype=dtype
         )
 
     def _with_noise(self, embedding: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
@@ -60,7 +63,9 @@ class LossModule(nn.Module):
         """
         return [(name, p) for name, p in self.model.named_parameters() if name in self._trainable]
 
-    def _hidden(self, causal: Any, batch: Batch) -> Tensor:
+    def hidden(self, causal: Any, batch: Batch) -> Tensor:
+        """The decoder's last states, (tokens, hidden_size)."""
+        self._seq_lengths = batch.seq_lengths
         decoder = getattr(causal, causal.base_model_prefix)
         output = decoder(
             input_ids=batch.input_ids,
@@ -100,7 +105,7 @@ def check_model(module: LossModule, name: str, *, packing: bool) -> None:
 
 def _states(module: LossModule, sequences: list[np.ndarray], device: torch.device) -> Tensor:
     batch = batch_of(sequences, [np.ones(len(ids), bool) for ids in sequences])
-    return module._hidden(base_of(module.model), batch.to(device))
+    return module.hidden(base_of(module.model), batch.to(device))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

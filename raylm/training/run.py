@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raylm.config import TrainConfig
 from raylm.config.data import SourceSection
 from raylm.config.deepspeed import deepspeed_config, read_deepspeed_json
@@ -59,8 +61,8 @@ def run_training(config: TrainConfig) -> TrainResult:
     """
     clock = _Clock()
     deadline = None if config.training.max_time_s is None else time.time() + config.training.max_time_s
-    config = _with_absolute_paths(config)
-    tokenizer_source = _check_before_start(config)
+    config = with_absolute_paths(config)
+    tokenizer_source = check_before_start(config)
     run = open_run_dir(config)
     events = EventsWriter(run.path)
     local_cpus = max(os.cpu_count() or 1, config.cluster.max_workers * (config.cluster.cpus_per_worker or 1) + 1)
@@ -76,7 +78,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         clock.lap("start_ray")
         events.write("tokenising")
         store, report, evaluation = _prepare_data(config, tokenizer_source, run)
-        plan = _plan(config, store)
+        plan = order_of(config, store.lengths, store.weights)
         job = replace(_job(config, run, plan, store, report), deadline=deadline)
         clock.lap("tokenise")
         with stop_on_sigterm(run.path), send_figures(config, run.path) as following:
@@ -121,7 +123,7 @@ def _session(config: TrainConfig, local_cpus: int, events: EventsWriter) -> Any:
     return ray_session(config.cluster.address, num_cpus=local_cpus)
 
 
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The configuration as workers on any node should see it: paths of local files absolute, run.dir too, and the
     content of small ones."""
 
@@ -164,7 +166,7 @@ def _absolute_pattern(path: str) -> str:
     return os.path.abspath(local) if is_local else path
 
 
-def _check_before_start(config: TrainConfig) -> TokenizerSource:
+def check_before_start(config: TrainConfig) -> TokenizerSource:
     """Raises for all that can be known to be wrong without Ray and without weights; returns where the tokenizer is."""
     from raylm.models.adapters import check_lora, check_new_rows
     from raylm.models.folder import as_folder
@@ -247,9 +249,10 @@ def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, D
     return store, report, blocks
 
 
-def _plan(config: TrainConfig, store: Any) -> RunPlan:
+def order_of(config: TrainConfig, lengths: np.ndarray, weights: np.ndarray | None) -> RunPlan:
+    """The order of a run over sequences of these lengths, each used as often in an epoch as its weight says."""
     return plan_run(
-        store.lengths,
+        lengths,
         max_seq_len=config.data.max_seq_len,
         packing=config.data.packing,
         shuffle=config.data.shuffle,
@@ -257,7 +260,7 @@ def _plan(config: TrainConfig, store: Any) -> RunPlan:
         num_epochs=config.training.num_epochs,
         global_batch_size=config.training.global_batch_size,
         max_steps=config.training.max_steps,
-        weights=store.weights,
+        weights=weights,
     )
 
 

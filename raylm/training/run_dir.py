@@ -49,6 +49,11 @@ class RunDir:
         return self.path / "failure.json"
 
     @property
+    def profile(self) -> Path:
+        """Traces of `training.profile_steps`, one a rank."""
+        return self.path / "profile"
+
+    @property
     def ranks(self) -> Path:
         """Signs of life of the workers."""
         return self.path / "ranks"
@@ -110,11 +115,8 @@ def locate_run_dir(config: TrainConfig) -> Path:
     return Path.cwd() / path
 
 
-def open_run_dir(config: TrainConfig) -> RunDir:
-    """Creates the run directory, or opens it for resuming, and writes the resolved configuration into it.
-
-    Raises RunDirError when it is not writable, is not a raylm run's, or holds another run.
-    """
+def check_run_dir(config: TrainConfig) -> RunDir:
+    """The run directory, untouched. Raises RunDirError when it is not a raylm run's, or holds another run."""
     run = RunDir(locate_run_dir(config))
     path = run.path
     if path.exists() and not path.is_dir():
@@ -122,13 +124,23 @@ def open_run_dir(config: TrainConfig) -> RunDir:
     occupied = path.is_dir() and any(path.iterdir())
     if occupied and not (path / CONFIG_FILE).is_file():
         raise RunDirError(str(path), "is a folder that holds something else than a run.", "Choose another run.dir.")
-    if occupied and not config.training.resume:
-        if not config.run.overwrite and _has_steps(run):
-            raise RunDirError(
-                str(path),
-                "holds another run.",
-                "Choose another run.dir, continue it with training.resume=auto, or replace it with run.overwrite=true.",
-            )
+    if occupied and not config.training.resume and not config.run.overwrite and _has_steps(run):
+        raise RunDirError(
+            str(path),
+            "holds another run.",
+            "Choose another run.dir, continue it with training.resume=auto, or replace it with run.overwrite=true.",
+        )
+    return run
+
+
+def open_run_dir(config: TrainConfig) -> RunDir:
+    """Creates the run directory, or opens it for resuming, and writes the resolved configuration into it.
+
+    Raises RunDirError when it is not writable, is not a raylm run's, or holds another run.
+    """
+    run = check_run_dir(config)
+    path = run.path
+    if path.is_dir() and any(path.iterdir()) and not config.training.resume:
         shutil.rmtree(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ def run_worker(
             ),
             hooks,
             start_step=start_step,
-            before_step=_switching(config, strategy, start_step) if config.training.method == "lisa" else None,
+            before_step=_before_step(config, strategy, hooks, start_step),
             scaler=scaler,
         )
         hooks.end()
@@ -108,6 +108,18 @@ def run_worker(
         whole = strategy.holds_whole_weights and not config.method.quantized
         with ema.in_place() if ema and whole else contextlib.nullcontext():
             export(job, module.model if whole else rebuilt(job), tokenizer, end_token)
+
+
+def _before_step(config: TrainConfig, strategy: Strategy, hooks: WorkerHooks, start_step: int) -> Callable[[int], None]:
+    acts: list[Callable[[int], None]] = [hooks.before_step]
+    if config.training.method == "lisa":
+        acts.append(_switching(config, strategy, start_step))
+
+    def before(step: int) -> None:
+        for act in acts:
+            act(step)
+
+    return before
 
 
 def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Callable[[int], None]:

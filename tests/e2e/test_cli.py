@@ -31,6 +31,7 @@ def test_version_and_help() -> None:
     for command in (
         [],
         ["train"],
+        ["plan"],
         ["serve"],
         ["chat"],
         ["generate"],
@@ -111,3 +112,15 @@ def test_generate_answers_in_order(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["messages"][-1]["content"] for line in lines] == prompts
     assert all(0 < line["tokens"] <= 4 for line in lines)
+
+
+def test_plan_prints_a_table_or_json_and_refuses_what_training_would(config: Path) -> None:
+    done = raylm("plan", str(config), "--tokens-per-second", "100", "training.global_batch_size=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "* single" in done.stdout
+    found = json.loads(raylm("plan", str(config), "--tokens-per-second", "100", "--json").stdout)
+    assert found["fits"]
+    assert [row["name"] for row in found["memory"] if row["chosen"]] == ["single"]
+    absent = raylm("plan", str(config), "data.train=absent.json")
+    assert absent.returncode == 2
+    assert absent.stderr.splitlines()[-1].startswith("error: absent.json: there is no such file or folder.")

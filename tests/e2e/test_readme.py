@@ -29,7 +29,7 @@ def test_a_documented_command_is_valid(page: str, line: str) -> None:
     options, extra = _parser().parse_known_args(words)
     assert all("=" in item for item in extra), extra
     config = ROOT / str(getattr(options, "config", ""))
-    if words[0] == "train" and config.is_file():
+    if words[0] in ("train", "plan") and config.is_file():
         load_config(TrainConfig, str(config), [*options.overrides, *extra])
     elif "examples/" in line:
         assert all((ROOT / word).exists() for word in words if word.startswith("examples/"))
