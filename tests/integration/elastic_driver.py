@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raylm.ray_session import LOCAL_ENVIRONMENT
-
 
 def _steps(run_dir: Path) -> int:
     from raylm.training.metrics import read_metrics
@@ -52,7 +50,8 @@ def _give_notice(address: str, node_id: str) -> None:
 
 def main(settings: dict[str, Any]) -> None:
     """Prints the steps, the sizes of the groups, and the checkpoint that the notice led to, as JSON."""
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), **LOCAL_ENVIRONMENT}
+    # Not LOCAL_ENVIRONMENT: workers run at nice 15, so that a node can start beside them on two cores.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     import raylm

@@ -22,7 +22,7 @@ from raylm.training.planning.memory import LAYOUTS, layout_of
 from raylm.training.planning.optimizer_state import state_bytes
 from raylm.training.planning.plan import Plan
 from raylm.training.planning.report import plan_lines
-from raylm.training.prepare import prepared
+from raylm.training.prepare import load_base, prepared
 from raylm.training.strategies.single import SingleStrategy
 from tests.conftest import PAIRS
 from tests.tiny import build_tiny_model
@@ -218,3 +218,20 @@ def test_what_would_stop_a_run_stops_its_plan(make_plan: Any, tmp_path: Path) ->
 
 def test_the_state_of_an_optimizer_by_shape() -> None:
     assert state_bytes(OptimizerSection(), [(30, 20), (30,)]) == 2 * 4 * 630 + 2 * 4
+
+
+def test_quantised_weights_and_averages_are_counted(model: Path, make_plan: Any) -> None:
+    """The bytes that bitsandbytes keeps for the weights: packed elements, scales of blocks, scales of those."""
+    pytest.importorskip("bitsandbytes")
+    config = load_config(TrainConfig, {"model.path": str(model), "data.train": "x"}, ["training.method=qlora"])
+    held = 0
+    for parameter in prepared(load_base(config, CPU, "fp32"), config).parameters():
+        held += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            held += sum(t.numel() * t.element_size() for t in (state.absmax, state.state2.absmax))
+    quantised = make_plan("training.method=qlora")
+    assert quantised.chosen.weights == pytest.approx(held, rel=0.02)
+    assert not any(row.name.startswith("deepspeed") for row in quantised.memory)
+    plain, averaged = make_plan().chosen, make_plan("training.ema_decay=0.9").chosen
+    assert averaged.optimizer - plain.optimizer == plain.weights

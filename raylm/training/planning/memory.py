@@ -20,6 +20,8 @@ from raylm.training.planning.optimizer_state import state_bytes
 from raylm.training.planning.trace import Traced, trace_micro_batch
 
 FP32 = 4
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a 4-bit element with its share of the scales, which are quantised in turn (arXiv:2305.14314)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,11 @@ def memory_table(
     on_gpu: there is a device beside the host.
     """
     chosen = layout_of(config)
-    shown = tuple(row for row in LAYOUTS if on_gpu or not row.section.get("cpu_offload"))
+    shown = tuple(
+        row
+        for row in LAYOUTS
+        if (on_gpu or not row.section.get("cpu_offload")) and row.strategy not in config.method.excluded
+    )
     layouts = shown if chosen in shown else (*shown, chosen)
     blocks = _blocks(module)
     traces: dict[tuple[bool, bool], Traced] = {}
@@ -194,7 +200,13 @@ def _memory(
     part = {kind: cut if kind in layout.cut else _whole for kind in "wgo"}
     parts = {kind: part[kind](learns if kind in "go" else everything, ranks) for kind in "wgo"}
     weights, gradients = sum(map(math.prod, parts["w"])) * FP32, sum(map(math.prod, parts["g"])) * FP32
+    if config.method.quantized:
+        saved = round(_frozen_matrices(blocks) * (FP32 - NF4))
+        whole -= saved
+        weights -= saved // ranks if "w" in layout.cut else saved
     optimizer = state_bytes(config.optimizer, parts["o"])
+    if config.training.ema_decay is not None:
+        optimizer += sum(map(math.prod, parts["o"])) * FP32
     if layout.master:
         optimizer += sum(map(math.prod, parts["o"])) * FP32
     gathered = _gathered(layout, module, blocks, everything)
@@ -225,6 +237,12 @@ def _memory(
         peak=max(in_pass, in_update, whole),
         host=host,
     )
+
+
+def _frozen_matrices(blocks: Sequence[nn.Module]) -> int:
+    """Elements of the linear modules that a 4-bit method quantises."""
+    linear = [part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)]
+    return sum(part.weight.numel() for part in linear if not part.weight.requires_grad)
 
 
 def _blocks(module: LossModule) -> list[nn.Module]:
