@@ -130,7 +130,7 @@ def _work(options: argparse.Namespace) -> None:
     before, held_before = _rss_anon(), _held()
     device = torch.device("cpu")
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    # The account misses what other threads free, which is how DeepSpeed's engine begins: of it, from the second step on.
+    # The account misses what other threads free, as when DeepSpeed's engine starts: of it, from the second step on.
     late, base = config.strategy == "deepspeed", 0
     if options.allocations and not late:
         profiler.start()
