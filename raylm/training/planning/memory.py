@@ -209,8 +209,8 @@ def _memory(
         optimizer += sum(map(math.prod, parts["o"])) * FP32
     if layout.master:
         optimizer += sum(map(math.prod, parts["o"])) * FP32
-    gathered = _gathered(layout, module, blocks, everything)
-    bucket = _bucket(config, module, layout, ranks) if layout.buckets else 0
+    gathered = _gathered(layout, module, config, blocks, everything)
+    bucket = _bucket(config, module, layout) if layout.buckets else 0
     exchanged = sum(p.numel() for p in learns) * FP32 * layout.copies
     trace = traced("g" in layout.cut and not layout.whole_gradients, accumulated)
     held = {"w": weights, "g": gradients, "o": optimizer}
@@ -264,15 +264,23 @@ def _by_elements(parameters: Iterable[nn.Parameter], ranks: int) -> list[tuple[i
 
 
 def _gathered(
-    layout: Layout, module: LossModule, blocks: Sequence[nn.Module], everything: Sequence[nn.Parameter]
+    layout: Layout,
+    module: LossModule,
+    config: TrainConfig,
+    blocks: Sequence[nn.Module],
+    everything: Sequence[nn.Parameter],
 ) -> int:
     """Whole weights at hand: all outside the blocks, and of the blocks the one at work and the next, or all."""
     if not layout.gathers:
         return 0
     sizes = [sum(p.numel() for p in block.parameters()) * FP32 for block in blocks]
     outside = sum(p.numel() for p in everything) * FP32 - sum(sizes)
-    at_work = 2 * max(sizes)
-    return outside + at_work + (sum(sizes) if layout.gathers == "all" else 0)
+    at_work = outside + 2 * max(sizes)
+    if layout.buckets:  # ZeRO-3 gives up what it gathered only beyond a number of parameters
+        zero = _zero_config(config, module)
+        limits = (zero.get(f"stage3_max_{name}", 10**9) for name in ("live_parameters", "reuse_distance"))
+        return max(at_work, min(outside + sum(sizes), int(min(limits)) * FP32))
+    return at_work + (sum(sizes) if layout.gathers == "all" else 0)
 
 
 def _scattering(layout: Layout, module: LossModule, blocks: Sequence[nn.Module], learns: Sequence[nn.Parameter]) -> int:
@@ -284,14 +292,19 @@ def _scattering(layout: Layout, module: LossModule, blocks: Sequence[nn.Module],
     return sum(p.numel() for p in module.parameters() if id(p) not in inside) * FP32 + 2 * outside
 
 
-def _bucket(config: TrainConfig, module: LossModule, layout: Layout, ranks: int) -> int:
+def _bucket(config: TrainConfig, module: LossModule, layout: Layout) -> int:
     """DeepSpeed's buffer in which gradients are reduced; two where they are reduced while the pass goes on."""
-    hidden_size = module.model.config.get_text_config().hidden_size
-    own = config if config.strategy == "deepspeed" else config.model_copy(update={"deepspeed": None})
-    zero = deepspeed_config(own, hidden_size=hidden_size)["zero_optimization"]
+    zero, stage = _zero_config(config, module), layout.section.get("stage")
     learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    size = zero["reduce_bucket_size"] if layout.section.get("stage") == 3 else min(zero["reduce_bucket_size"], learns)
-    return int(size) * FP32 * (2 if zero.get("overlap_comm") and layout.section.get("stage") != 3 else 1)
+    size = zero["reduce_bucket_size"] if stage == 3 else min(zero["reduce_bucket_size"], learns)
+    return int(size) * FP32 * (2 if zero.get("overlap_comm") and stage != 3 else 1)
+
+
+def _zero_config(config: TrainConfig, module: LossModule) -> dict[str, Any]:
+    """DeepSpeed's settings, those of a user's JSON included where the run uses it."""
+    own = config if config.strategy == "deepspeed" else config.model_copy(update={"deepspeed": None})
+    hidden_size = module.model.config.get_text_config().hidden_size
+    return dict(deepspeed_config(own, hidden_size=hidden_size)["zero_optimization"])
 
 
 def _checkpoint(learns: Sequence[nn.Parameter], config: TrainConfig, ranks: int) -> int:
