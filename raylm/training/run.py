@@ -92,7 +92,8 @@ def run_training(config: TrainConfig) -> TrainResult:
         run.stopped.write_text(stopped)
     events.write("stopped" if stopped else "done", **({"reason": stopped} if stopped else {}))
     written = write_report(run.path)
-    exported = config.export.enabled and stopped not in (DESCRIPTIONS[Stop.REQUESTED], following.failure)
+    asked = stopped is not None and stopped in (DESCRIPTIONS[Stop.REQUESTED], following.failure)
+    exported = config.export.enabled and not asked
     newest = newest_checkpoint(run.checkpoints)
     return TrainResult(
         run_dir=str(run.path),
