@@ -148,6 +148,7 @@ def test_lisa_holds_the_state_of_what_learns(make_plan: Any) -> None:
     assert full.chosen.optimizer - lisa.chosen.optimizer == pytest.approx(2 * block * 8, rel=0.02)
 
 
+@pytest.mark.slow
 def test_steps_tokens_and_rates_are_the_runs(make_plan: Any, ray_cluster: Any, tmp_path: Path) -> None:
     options = ["training.global_batch_size=4", "training.num_epochs=2", "schedule.warmup_steps=3"]
     options += ["data.max_seq_len=64", "export.enabled=false", "metrics.sinks=[]"]

@@ -41,6 +41,7 @@ def test_there_is_no_trace_by_default(tiny_model_dir: Path, tmp_path: Path) -> N
     assert all(line["memory/host_gib"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_each_rank_writes_its_own(tiny_model_dir: Path, tmp_path: Path) -> None:
     config = make_config(
         tiny_model_dir, tmp_path, "training.profile_steps=[1, 1]", "cluster.num_workers=2", "training.strategy=ddp"
