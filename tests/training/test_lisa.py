@@ -132,8 +132,16 @@ def _walk(
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("keep_state", [False, True])
+@pytest.mark.parametrize(
+    ("keep_state", "options"),
+    [
+        (False, {"gradient_checkpointing": True}),
+        (True, {}),
+        pytest.param(False, {}, marks=pytest.mark.slow),
+        pytest.param(True, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    ],
+    ids=["freed-checkpointing", "kept-plain", "freed-plain", "kept-checkpointing"],
+)
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "deepspeed"])
 def test_only_the_drawn_blocks_learn_and_hold_state(
     pool: Ranks, deep_model: Path, strategy: str, keep_state: bool, options: dict[str, Any]

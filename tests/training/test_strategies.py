@@ -72,18 +72,25 @@ def reference(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return get
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "lisa"])
+SLOW = pytest.mark.slow
+RANKS = [
+    (2, ["training.strategy=ddp"]),
+    (2, ["training.strategy=fsdp"]),
+    (4, ["training.strategy=ddp"]),
+    (4, ["training.strategy=fsdp"]),
+    (2, ["training.strategy=fsdp", "fsdp.reshard_after_forward=false"]),
+    (2, ["training.strategy=fsdp", "training.gradient_checkpointing=true"]),
+    (3, ["training.strategy=ddp"]),
+    (3, ["training.strategy=fsdp"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("world_size", "options"),
+    ("world_size", "options", "method"),
     [
-        (2, ["training.strategy=ddp"]),
-        (4, ["training.strategy=ddp"]),
-        (2, ["training.strategy=fsdp"]),
-        (4, ["training.strategy=fsdp"]),
-        (2, ["training.strategy=fsdp", "fsdp.reshard_after_forward=false"]),
-        (2, ["training.strategy=fsdp", "training.gradient_checkpointing=true"]),
-        (3, ["training.strategy=ddp"]),
-        (3, ["training.strategy=fsdp"]),
+        pytest.param(*case, method, marks=[SLOW] if number > 1 and method != "full" else [])
+        for number, case in enumerate(RANKS)
+        for method in ("full", "lora", "lisa")
     ],
     ids=lambda value: "-".join(part.rpartition(".")[2] for part in value) if isinstance(value, list) else str(value),
 )
@@ -113,7 +120,6 @@ def _zero(*options: str) -> list[str]:
 
 
 OFFLOADED = ["offload_optimizer=true", "offload_param=true"]
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
