@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from raylm.config.training import OptimizerSection, ScheduleSection
+from raylm.config.training import OptimizerSection
 from raylm.errors import ConfigError
 from raylm.optim.build import build_optimizer, check_optimizer
-from raylm.optim.schedules import learning_rate_factor
 
 
 def test_adamw_follows_its_paper_written_out() -> None:
@@ -57,20 +56,7 @@ def test_patterns_choose_learning_rates() -> None:
 
 
 def test_unknown_optimizers_and_options_name_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'adam' is not an optimizer\. Did you mean adamw\?"):
-        check_optimizer(OptimizerSection(name="adam"))
+    with pytest.raises(ConfigError, match=r"'adamv' is not an optimizer\. Did you mean adam"):
+        check_optimizer(OptimizerSection(name="adamv"))
     with pytest.raises(ConfigError, match=r"adamw has no option beta\. Nearest: betas"):
         check_optimizer(OptimizerSection(options={"beta": 0.9}))
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325]),
-        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.55, 0.231802]),
-    ],
-)
-def test_schedules_on_values(name: str, expected: list[float]) -> None:
-    section = ScheduleSection(name=name, warmup_steps=2, min_ratio=0.1)  # type: ignore[arg-type]
-    assert [learning_rate_factor(section, step, 6) for step in range(6)] == pytest.approx(expected, abs=1e-6)
