@@ -70,6 +70,15 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Any]], section: Optimi
     )
 
 
+def averaging_beta(section: OptimizerSection) -> float | None:
+    """The share of the averaged weights in those that are trained; None where an optimizer averages none."""
+    row = optimizer_row(section.name)
+    if not row.averages:
+        return None
+    options = {**row.options, **section.options}
+    return float(options["betas"][0] if "betas" in options else options["momentum"])
+
+
 def is_hidden(name: str, ndim: int) -> bool:
     """Whether a parameter is a matrix of a decoder block: blocks have numbers in their parameters' names."""
     return ndim == 2 and re.search(r"(^|\.)\d+\.", name) is not None

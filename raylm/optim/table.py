@@ -1,5 +1,6 @@
 """The optimizers, one row each. Plain data: readable without torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,7 +69,8 @@ OPTIMIZERS = {
         state_full=0,
         state_vectors=1,
         whole="rows, columns, norms of weight and update",
-        note="eps[0] is that of the dtype, not 1e-30. A step is min(rate, 1/sqrt(t)) times the weight's root mean square.",
+        note="eps[0] is that of the dtype, not 1e-30. A step is min(rate, 1/sqrt(t)) times the weight's root mean "
+        "square.",
     ),
     "adagrad": OptimizerRow(
         factory="raylm.optim.adagrad:Adagrad",
@@ -113,10 +115,11 @@ OPTIMIZERS = {
         factory="pytorch_optimizer:Adan",
         source="arXiv:2208.06677, Algorithm 1",
         learning_rates=(5e-6, 5e-4),
-        options={"betas": (0.98, 0.92, 0.99), "eps": 1e-8},
+        options={"betas": (0.98, 0.92, 0.99), "eps": 1e-8, "foreach": False},
         state_full=4,
         counters=_COUNT,
-        note="betas are 1 minus the paper's. Moments are bias-corrected, as in the authors' code.",
+        note="decay divides the weight by 1 + rate x decay. foreach does not run on the pieces of fsdp. "
+        "betas are 1 minus the paper's. Moments are bias-corrected, as in the authors' code.",
     ),
     "ademamix": OptimizerRow(
         factory="pytorch_optimizer:AdEMAMix",
@@ -145,7 +148,8 @@ OPTIMIZERS = {
         options={"betas": (0.9, 0.999), "eps": 1e-6},
         whole="norms of weight and update",
         counters=_COUNT,
-        note="ours: pytorch-optimizer 4.1.0 does not correct the second moment's bias and cuts the weight's norm at 10.",
+        note="ours: pytorch-optimizer 4.1.0 does not correct the second moment's bias, puts the decay outside the "
+        "trust ratio, and cuts the weight's norm at 10.",
     ),
     "lars": OptimizerRow(
         factory="pytorch_optimizer:LARS",
@@ -213,7 +217,8 @@ OPTIMIZERS = {
         options={"betas": (0.9, 0.999), "eps": 1e-8},
         counters=("step", "weight_sum", "lr_max"),
         averages=True,
-        note="decay acts at the point where the gradient is taken, as in the authors' code. 1e-15 is added to the second moment.",
+        note="decay acts at the point where the gradient is taken, as in the authors' code. 1e-15 is "
+        "added to the second moment.",
     ),
     "schedulefree_sgd": OptimizerRow(
         factory="pytorch_optimizer:ScheduleFreeSGD",
@@ -252,3 +257,15 @@ OPTIMIZERS = {
         note="moments are bias-corrected, and the first one starts at initial_accumulator too.",
     ),
 }
+
+STRATEGIES = ("single", "ddp", "fsdp", "deepspeed")
+_CUT = ("fsdp", "deepspeed")
+
+
+def excluded_strategies(row: OptimizerRow) -> Mapping[str, str]:
+    """Strategy that an optimizer would be wrong under -> why."""
+    if row.whole:
+        return dict.fromkeys(_CUT, f"it takes {row.whole}, and there each rank steps a piece of a weight")
+    if row.averages:
+        return {"deepspeed": "its averaged weights are not at hand while ZeRO steps flat pieces"}
+    return {}
