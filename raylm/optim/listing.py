@@ -27,8 +27,8 @@ def markdown_lines() -> list[str]:
     lines.append("")
     for facts in optimizer_facts():
         options = ", ".join(f"`{key}={_value(value)}`" for key, value in facts["options"].items())
-        note = f" {facts['note'][0].upper()}{facts['note'][1:]}" if facts["note"] else ""
-        lines.append(f"- **{facts['name']}** (`{facts['factory']}`): {options}.{note}")
+        note = f"; {facts['note']}" if facts["note"] else "."
+        lines.append(f"- **{facts['name']}** (`{facts['factory']}`): {options}{note}")
     return lines
 
 
@@ -69,10 +69,6 @@ def _state(row: OptimizerRow) -> str:
 
 
 def _value(value: Any) -> str:
-    return (
-        f"({', '.join(map(_value, value))})"
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_value, value))})"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -37,7 +37,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """One step."""
         for hidden, inner in self._inner.items():
             inner.param_groups = [

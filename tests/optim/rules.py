@@ -18,7 +18,7 @@ def _steps(gradients: Sequence[Array], rates: Sequence[float]) -> Iterator[tuple
 
 
 def adamw(
-    w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float, fused: bool = True, l2: bool = False
+    w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float, l2: bool = False
 ) -> Iterator[Array]:
     m, v = np.zeros_like(w), np.zeros_like(w)
     for t, g, lr in _steps(gradients, rates):

@@ -53,6 +53,7 @@ def _expected(name: str, parameter: str, options: dict[str, Any]) -> list[np.nda
     held = {**OPTIMIZERS[name].options, **options}
     if rule is RULES["adamw"]:
         held = {key: held[key] for key in ("betas", "eps")}
+    held = {key: value for key, value in held.items() if key not in ("fused", "foreach")}
     return list(rule(START[parameter], GRADIENTS[parameter], RATES, DECAY if matrix else 0.0, **held))
 
 
