@@ -118,8 +118,8 @@ OPTIMIZERS = {
         options={"betas": (0.98, 0.92, 0.99), "eps": 1e-8, "foreach": False},
         state_full=4,
         counters=_COUNT,
-        note="decay divides the weight by 1 + rate x decay. foreach, which is faster on GPUs, does not run on the pieces of "
-        "fsdp. betas are 1 minus the paper's. Moments are bias-corrected, as in the authors' code.",
+        note="decay divides the weight by 1 + rate x decay. foreach, which is faster on GPUs, does not run on the "
+        "pieces of fsdp. betas are 1 minus the paper's. Moments are bias-corrected, as in the authors' code.",
     ),
     "ademamix": OptimizerRow(
         factory="pytorch_optimizer:AdEMAMix",
