@@ -19,6 +19,15 @@ def check_optimizer_use(config: TrainConfig) -> None:
             f"{name} excludes training.strategy={config.strategy}: {found[config.strategy]}.",
             f"Set training.strategy={' or '.join(works)}, or another optimizer: {', '.join(_usable(config.strategy))}.",
         )
+    if row.estimates and config.training.method == "lisa":
+        interval, every = config.lisa_or_default.interval_steps, {**row.options, **config.optimizer.options}
+        if interval % int(every["hessian_interval_steps"]):
+            raise ConfigError(
+                "lisa.interval_steps",
+                f"{interval} is not a multiple of {name}'s hessian_interval_steps={every['hessian_interval_steps']:g}: "
+                "blocks would begin without an estimate.",
+                "Change one of them.",
+            )
     if not row.averages:
         return
     if config.training.method == "lisa":

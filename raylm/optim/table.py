@@ -18,6 +18,7 @@ class OptimizerRow:
     counters: numbers that the library keeps for a group, which `counted` keeps for each parameter.
     hidden_apart: matrices inside decoder blocks are in groups of their own, marked `hidden`.
     averages: weights to evaluate and export are others than those that are trained (schedule-free).
+    estimates: the loop runs an extra pass every `hessian_interval_steps` for it.
     note: where it differs from its source.
     """
 
@@ -32,6 +33,7 @@ class OptimizerRow:
     counters: tuple[str, ...] = ()
     hidden_apart: bool = False
     averages: bool = False
+    estimates: bool = False
     note: str = ""
 
 
@@ -248,6 +250,15 @@ OPTIMIZERS = {
         whole="norms and products of weight, gradient and update",
         note="decay is divided by 1 - momentum, as in the authors' code.",
     ),
+    "sophia": OptimizerRow(
+        factory="raylm.optim.sophia:Sophia",
+        source="arXiv:2305.14342, Algorithms 2 and 3",
+        learning_rates=(5e-7, 5e-5),
+        options={"betas": (0.96, 0.99), "gamma": 0.05, "eps": 1e-12, "hessian_interval_steps": 10},
+        estimates=True,
+        note="Sophia-G, ours: an extra pass over every hessian_interval_steps-th global batch, with labels drawn from "
+        "the model, estimates the curvature.",
+    ),
     "yogi": OptimizerRow(
         factory="pytorch_optimizer:Yogi",
         source="Zaheer and others, NeurIPS 2018, Algorithm 2",
@@ -266,6 +277,8 @@ def excluded_strategies(row: OptimizerRow) -> Mapping[str, str]:
     """Strategy that an optimizer would be wrong under -> why."""
     if row.whole:
         return dict.fromkeys(_CUT, f"it takes {row.whole}, and there each rank steps a piece of a weight")
+    if row.estimates:
+        return {"deepspeed": "its estimates need gradients outside of a step, which ZeRO keeps to itself"}
     if row.averages:
         return {"deepspeed": "its averaged weights are not at hand while ZeRO steps flat pieces"}
     return {}

@@ -362,6 +362,29 @@ def schedulefree_sgd(
         yield x if averages else (1 - momentum) * z + momentum * x
 
 
+def sophia(
+    w: Array,
+    gradients: Any,
+    rates: Any,
+    decay: float,
+    *,
+    betas: Any,
+    gamma: float,
+    eps: float,
+    hessian_interval_steps: int,
+    labels: int = 50,
+) -> Iterator[Array]:
+    """Estimates are of the same gradients, of this many labels."""
+    m, h = np.zeros_like(w), np.zeros_like(w)
+    for t, g, lr in _steps(gradients, rates):
+        m = betas[0] * m + (1 - betas[0]) * g
+        if t % hessian_interval_steps == 1 % hessian_interval_steps:
+            h = betas[1] * h + (1 - betas[1]) * labels * g * g
+        w = w - lr * decay * w
+        w = w - lr * np.clip(m / np.maximum(gamma * h, eps), -1, 1)
+        yield w
+
+
 def yogi(
     w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, initial_accumulator: float, eps: float
 ) -> Iterator[Array]:
@@ -378,6 +401,20 @@ RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
         *(adabelief, adabound, adadelta, adafactor, adagrad, adam, adamax, adamp, adamw, adan, ademamix, came, lamb),
-        *(lars, lion, muon, nadam, novograd, radam, rmsprop, schedulefree_adamw, schedulefree_sgd, sgd, sgdp, yogi),
+        *(
+            lars,
+            lion,
+            muon,
+            nadam,
+            novograd,
+            radam,
+            rmsprop,
+            schedulefree_adamw,
+            schedulefree_sgd,
+            sgd,
+            sgdp,
+            sophia,
+            yogi,
+        ),
     )
 }

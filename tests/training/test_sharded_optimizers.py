@@ -110,6 +110,22 @@ def test_schedule_free_averages_alike(pool: Ranks, tiny_model_dir: Path, tmp_pat
         np.testing.assert_allclose(exported[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_sophia_estimates_alike(pool: Ranks, tiny_model_dir: Path, tmp_path: Path, strategy: str) -> None:
+    """Draws depend on rows, not on ranks."""
+    settings = [
+        "optimizer.name=sophia",
+        "optimizer.learning_rate=1e-3",
+        "optimizer.options={hessian_interval_steps: 2}",
+    ]
+    alone = run_in_process(make_config(tiny_model_dir, tmp_path / "one", *settings), ROWS)
+    settings += [f"training.strategy={strategy}", "cluster.num_workers=2"]
+    lines = pool.run(2, train_rank, make_config(tiny_model_dir, tmp_path / "two", *settings), ROWS)[0]
+    expected = [line["train/loss"] for line in alone]
+    assert expected[-1] < expected[0]
+    assert [line["train/loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_what_takes_whole_weights_is_refused_where_they_are_cut(
     tiny_model_dir: Path, tmp_path: Path, strategy: str
@@ -120,5 +136,5 @@ def test_what_takes_whole_weights_is_refused_where_they_are_cut(
         if row.whole:
             with pytest.raises(ConfigError, match=f"{name} excludes training.strategy={strategy}.*single or ddp, or"):
                 check_optimizer_use(config)
-        elif not (row.averages and strategy == "deepspeed"):
+        elif not ((row.averages or row.estimates) and strategy == "deepspeed"):
             check_optimizer_use(config)
