@@ -40,5 +40,5 @@ def estimate_hessian(
     if scaler:
         scaler.unscale(optimizer)
     if math.isfinite(float(strategy.clip_grad_norm(math.inf))):
-        optimizer.update_hessian(num_labels)  # type: ignore[attr-defined]
+        optimizer.update_hessian(num_labels)
     optimizer.zero_grad(set_to_none=True)

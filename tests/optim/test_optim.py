@@ -4,7 +4,8 @@ import torch
 
 from raylm.config.training import OptimizerSection
 from raylm.errors import ConfigError
-from raylm.optim.build import build_optimizer, check_optimizer
+from raylm.optim.build import build_optimizer, check_optimizer, option_names
+from raylm.optim.table import OPTIMIZERS
 
 
 def test_adamw_follows_its_paper_written_out() -> None:
@@ -60,3 +61,30 @@ def test_unknown_optimizers_and_options_name_the_nearest() -> None:
         check_optimizer(OptimizerSection(name="adamv"))
     with pytest.raises(ConfigError, match=r"adamw has no option beta\. Nearest: betas"):
         check_optimizer(OptimizerSection(options={"beta": 0.9}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_one_knows_its_options(name: str) -> None:
+    check_optimizer(OptimizerSection(name=name))
+    assert set(OPTIMIZERS[name].options) <= set(option_names(OPTIMIZERS[name]))
+    with pytest.raises(ConfigError, match=rf"{name} has no option momentun\. Nearest: \w+"):
+        check_optimizer(OptimizerSection(name=name, options={"momentun": 0.9}))
+
+
+def test_muon_takes_matrices_of_blocks_only() -> None:
+    named = {
+        "model.layers.0.mlp.up_proj.weight": torch.nn.Parameter(torch.ones(4, 3)),
+        "model.layers.0.norm.weight": torch.nn.Parameter(torch.ones(4)),
+        "base_model.model.layers.11.q_proj.lora_A.default.weight": torch.nn.Parameter(torch.ones(4, 3)),
+        "transformer.h.3.mlp.c_fc.bias": torch.nn.Parameter(torch.ones(4)),
+        "transformer.wte.weight": torch.nn.Parameter(torch.ones(4, 3)),
+        "model.embed_tokens.weight": torch.nn.Parameter(torch.ones(4, 3)),
+        "lm_head.weight": torch.nn.Parameter(torch.ones(4, 3)),
+    }
+    optimizer = build_optimizer(named.items(), OptimizerSection(name="muon", weight_decay=0.1))
+    hidden = {id(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
+    assert [name for name, p in named.items() if id(p) in hidden] == [
+        "model.layers.0.mlp.up_proj.weight",
+        "base_model.model.layers.11.q_proj.lora_A.default.weight",
+    ]
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["hidden"]} == {0.1}

@@ -19,6 +19,7 @@ from raylm.training.checkpoint import list_checkpoints
 from raylm.training.curvature import estimate_hessian
 from raylm.training.losses import IGNORE_INDEX, drawn_labels
 from raylm.training.module import LossModule
+from raylm.training.scaling import LossScaler
 from raylm.training.strategies.single import SingleStrategy
 from tests.training.support import Rows, make_config, read_checkpoint, run_in_process
 
@@ -84,6 +85,18 @@ def test_an_estimate_is_labels_times_the_squared_gradient(tiny_model_dir: Path) 
     for (name, _), gradient in zip(named, gradients, strict=True):
         expected = 0.25 * number * gradient**2
         torch.testing.assert_close(_hessians(strategy)[name], expected, rtol=1e-3, atol=float(expected.max()) * 1e-5)
+
+
+def test_scaled_losses_give_the_same_estimate_and_overflows_none(tiny_model_dir: Path) -> None:
+    batch = batch_of([ROWS.ids[0]], [ROWS.masks[0]])
+    plain, scaled, lost = (_strategy(tiny_model_dir) for _ in range(3))
+    estimate_hessian(plain, [batch], precision="fp32", seed=3)
+    estimate_hessian(scaled, [batch], precision="fp32", seed=3, scaler=LossScaler(initial=1024.0))
+    for name, value in _hessians(plain).items():
+        torch.testing.assert_close(_hessians(scaled)[name], value, rtol=1e-4, atol=0)
+    estimate_hessian(lost, [batch], precision="fp32", seed=3, scaler=LossScaler(initial=1e39))
+    assert not lost.optimizer.state
+    assert all(parameter.grad is None for _, parameter in lost.module.trainable())
 
 
 def test_draws_change_with_the_seed_and_not_with_packing(tiny_model_dir: Path) -> None:
