@@ -222,7 +222,7 @@ def test_plans_leave_out_what_an_optimizer_is_refused_with(make_plan: Any) -> No
     assert {row.name.split()[0] for row in plan.memory} == {"single", "ddp"}
     adamw = make_plan(memory_gib=8.0).chosen.optimizer
     assert adamw / 2 < plan.chosen.optimizer < adamw
-    with pytest.raises(ConfigError, match="muon excludes training.strategy=fsdp"):
+    with pytest.raises(ConfigError, match=r"muon excludes training\.strategy=fsdp"):
         make_plan("optimizer.name=muon", "training.strategy=fsdp")
 
 
