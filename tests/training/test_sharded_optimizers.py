@@ -95,6 +95,24 @@ def test_deepspeed_steps_every_allowed_one_as_in_one_process(pool: Ranks, tiny_m
     _compare(pool, tiny_model_dir, "deepspeed", stage, _works("deepspeed"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BY_KIND, "sophia", "yogi"])
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_lisa_steps_each_kind_as_in_one_process(
+    pool: Ranks, tiny_model_dir: Path, tmp_path: Path, name: str, strategy: str
+) -> None:
+    """Blocks that wake have no state, and a count of their own."""
+    if strategy in excluded_strategies(OPTIMIZERS[name]):
+        pytest.skip("refused")
+    settings = [f"optimizer.name={name}", "optimizer.learning_rate=1e-3", "training.num_epochs=4"]
+    settings += ["training.method=lisa", "lisa.num_active_layers=1", "lisa.interval_steps=2"]
+    settings += ["optimizer.options={hessian_interval_steps: 2}"] if OPTIMIZERS[name].estimates else []
+    alone = run_in_process(make_config(tiny_model_dir, tmp_path / "one", *settings), ROWS)
+    more = [f"training.strategy={strategy}", "cluster.num_workers=2"]
+    lines = pool.run(2, train_rank, make_config(tiny_model_dir, tmp_path / "two", *settings, *more), ROWS)[0]
+    assert [line["train/loss"] for line in lines] == pytest.approx([line["train/loss"] for line in alone], rel=1e-4)
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_schedule_free_averages_alike(pool: Ranks, tiny_model_dir: Path, tmp_path: Path, strategy: str) -> None:
     settings = ["optimizer.name=schedulefree_adamw", "schedule.name=constant", "export.enabled=true"]
