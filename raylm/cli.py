@@ -98,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     extend.add_argument(
         "--pad-to-multiple-of", type=int, metavar="K", help="fill the rows up to a multiple with pieces"
     )
+    optimizers = commands.add_parser("optim", help="look at optimizers").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    _command(optimizers, "list", _optimizers, "list the optimizers, what they keep and where they work")
     adapter = commands.add_parser("adapter", help="work with LoRA adapters").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -373,6 +377,12 @@ def _templates(options: Any) -> None:
     print(*(f"  {name:24}{row.source}" for name, row in PRESETS.items()), sep="\n")
     print("format of a dataset: auto (by the keys of each row), or one of")
     print(*(f"  {name:24}{form.summary}" for name, form in FORMATS.items()), sep="\n")
+
+
+def _optimizers(options: Any) -> None:
+    from raylm.optim.listing import optimizer_facts, table_lines
+
+    print(json.dumps(optimizer_facts()) if options.json else "\n".join(table_lines()))
 
 
 def _extend(options: Any) -> None:

@@ -30,6 +30,7 @@ HEAVY = (
         ["plan", "no-such.yaml"],
         ["vocab", "extend", "--help"],
         ["track", "no-such-run"],
+        ["optim", "list"],
     ],
 )
 def test_no_heavy_package_is_imported(arguments: list[str]) -> None:

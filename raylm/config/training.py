@@ -83,18 +83,19 @@ class OptimizerSection(Section):
     """The optimizer (`raylm/optim/table.py` lists the rows)."""
 
     name: str = "adamw"
-    """Row of the optimizer table."""
+    """Row of the optimizer table: `raylm optim list`."""
     learning_rate: float = Field(2e-5, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay of matrices; norms and biases never decay."""
+    """Decay of matrices, decoupled or L2 as the row says; norms and biases never decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's global norm is clipped to this."""
     learning_rates: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Other peak rates for the parameters whose name holds a pattern, such as `{"embed_tokens": 1e-6}`; 0 freezes. `*`
     stands for any text. The first pattern that a name holds counts."""
     options: dict[str, float | bool | str | tuple[float, ...]] = {}
-    """Further arguments of the optimizer, under its own names, such as `betas` or `eps`."""
+    """Further arguments of the optimizer, under its own names, such as `betas` or `eps`; `raylm optim list --json`
+    has the defaults."""
 
 
 class LossSection(Section):
@@ -111,12 +112,29 @@ class LossSection(Section):
 class ScheduleSection(Section):
     """The learning rate over steps."""
 
-    name: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape after the warm-up."""
+    name: Literal["constant", "linear", "cosine", "polynomial", "wsd", "inverse_sqrt", "one_cycle"] = "cosine"
+    """Shape after the warm-up. `wsd` stays at the peak and falls linearly at the end; `inverse_sqrt` falls with
+    sqrt(warmup_steps / step); `one_cycle` rises and falls along cosines."""
     warmup_steps: int = Field(0, ge=0)
-    """Steps in which the rate rises linearly from 0."""
+    """Steps in which the rate rises linearly from 0. `inverse_sqrt` needs them; `one_cycle` has its rise instead."""
     min_ratio: float = Field(0.0, ge=0, le=1)
-    """Share of the peak rate at the last step (linear and cosine)."""
+    """Share of the peak rate that the shape falls to by the end of the run; `inverse_sqrt` stops falling there."""
+    power: float = Field(1.0, gt=0)
+    """Exponent of `polynomial`."""
+    decay_share: float = Field(0.1, gt=0, le=1)
+    """Share of the steps after the warm-up in which `wsd` falls."""
+    rise_share: float = Field(0.3, gt=0, lt=1)
+    """Share of the steps in which `one_cycle` rises."""
+    start_ratio: float = Field(0.04, ge=0, le=1)
+    """Share of the peak rate that `one_cycle` begins with."""
+
+    @model_validator(mode="after")
+    def warm_up_fits_the_shape(self) -> Self:
+        if self.name == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError("name=inverse_sqrt takes its time scale from warmup_steps. Set schedule.warmup_steps")
+        if self.name == "one_cycle" and self.warmup_steps:
+            raise ValueError("name=one_cycle excludes warmup_steps. Set schedule.rise_share, or choose another name")
+        return self
 
 
 class LoraSection(Section):

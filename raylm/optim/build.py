@@ -4,24 +4,34 @@ import difflib
 import fnmatch
 import importlib
 import inspect
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from raylm.config.training import OptimizerSection
 from raylm.errors import ConfigError
+from raylm.optim.counted import counted
 from raylm.optim.table import OPTIMIZERS, OptimizerRow
 
 
 def check_optimizer(section: OptimizerSection) -> None:
     """Raises ConfigError for an unknown optimizer or an option it does not have; imports the optimizer's package."""
-    row = _row(section.name)
-    known = [
-        name for name in inspect.signature(_factory(row)).parameters if name not in ("params", "lr", "weight_decay")
-    ]
+    row = optimizer_row(section.name)
+    known = option_names(row)
     for option in section.options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1) or known
             raise ConfigError("optimizer.options", f"{section.name} has no option {option}.", f"Nearest: {near[0]}.")
+
+
+def option_names(row: OptimizerRow) -> list[str]:
+    """What `optimizer.options` may hold."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [
+        name
+        for name, parameter in inspect.signature(_factory(row)).parameters.items()
+        if name not in ("params", "lr", "weight_decay") and parameter.kind not in kinds
+    ]
 
 
 def build_optimizer(named_parameters: Iterable[tuple[str, Any]], section: OptimizerSection) -> Any:
@@ -31,29 +41,51 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Any]], section: Optimi
     named_parameters: those that require gradients. Every one is in exactly one group. Raises ConfigError for a pattern
     of `learning_rates` that no name holds.
     """
-    row = _row(section.name)
-    groups: dict[tuple[float, bool], list[Any]] = {}
+    row = optimizer_row(section.name)
+    groups: dict[tuple[float, bool, bool], list[Any]] = {}
     unused = set(section.learning_rates)
     for name, parameter in named_parameters:
         held = [pattern for pattern in section.learning_rates if fnmatch.fnmatchcase(name, f"*{pattern}*")]
         unused -= set(held)
         rate = section.learning_rates[held[0]] if held else section.learning_rate
-        groups.setdefault((rate, parameter.ndim >= 2), []).append(parameter)
+        hidden = row.hidden_apart and is_hidden(name, parameter.ndim)
+        groups.setdefault((rate, parameter.ndim >= 2, hidden), []).append(parameter)
     if unused:
         raise ConfigError("optimizer.learning_rates", f"no trainable parameter's name holds {sorted(unused)[0]!r}.")
     # The default rate first, matrices before the rest: the first group's rate is the one that is shown.
     ordered = sorted(groups.items(), key=lambda item: (item[0][0] != section.learning_rate, not item[0][1]))
-    return _factory(row)(
+    factory = _factory(row)
+    return (counted(factory, row.counters) if row.counters else factory)(
         [
-            {"params": members, "lr": rate, "weight_decay": section.weight_decay if decays else 0.0}
-            for (rate, decays), members in ordered
+            {
+                "params": members,
+                "lr": rate,
+                "weight_decay": section.weight_decay if decays else 0.0,
+                **({"hidden": hidden} if row.hidden_apart else {}),
+            }
+            for (rate, decays, hidden), members in ordered
         ],
         lr=section.learning_rate,
         **{**row.options, **section.options},
     )
 
 
-def _row(name: str) -> OptimizerRow:
+def averaging_beta(section: OptimizerSection) -> float | None:
+    """The share of the averaged weights in those that are trained; None where an optimizer averages none."""
+    row = optimizer_row(section.name)
+    if not row.averages:
+        return None
+    options = {**row.options, **section.options}
+    return float(options["betas"][0] if "betas" in options else options["momentum"])
+
+
+def is_hidden(name: str, ndim: int) -> bool:
+    """Whether a parameter is a matrix of a decoder block: blocks have numbers in their parameters' names."""
+    return ndim == 2 and re.search(r"(^|\.)\d+\.", name) is not None
+
+
+def optimizer_row(name: str) -> OptimizerRow:
+    """The row of a name. Raises ConfigError."""
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, list(OPTIMIZERS), n=1)
         advice = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(OPTIMIZERS)}."

@@ -1,11 +1,12 @@
-"""An exponential moving average of the weights, which evaluation and export use in their place (arXiv:1412.6980, 7.2).
+"""Averages of the weights, which evaluation and export use in their place.
 
-The averages lie with the optimizer's state of each parameter: they are cut among ranks, saved, resharded and put back
-as that is. After a step they are decay x average + (1 - decay) x weights, from the weights before the first step on.
+They lie with the optimizer's state of each parameter: they are cut among ranks, saved, resharded and put back as that
+is.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +15,27 @@ from raylm.training.strategies.base import Strategy
 
 SLOT = "ema"
 """Name of the average among the optimizer's tensors of a parameter."""
+ITERATE = "z"
+"""Name of a schedule-free optimizer's own iterate there."""
+
+
+class Averages(Protocol):
+    """Weights to use instead of those that are trained."""
+
+    def update(self) -> None:
+        """After a step."""
+        ...
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """The averages are the weights for the length of the block. Called by all ranks."""
+        ...
 
 
 class Ema:
-    """The averages of what a strategy trains."""
+    """Exponential moving averages (arXiv:1412.6980, 7.2).
+
+    After a step they are decay x average + (1 - decay) x weights, from the weights before the first step on.
+    """
 
     def __init__(self, strategy: Strategy, decay: float) -> None:
         """decay: the share of the average that a step keeps, within 0 and 1."""
@@ -57,13 +75,51 @@ class Ema:
         return [parameter for _, parameter in self._strategy.module.trainable()]
 
 
+class ScheduleFree:
+    """The averages x of a schedule-free optimizer (arXiv:2405.15682).
+
+    It trains y = beta x + (1 - beta) z and keeps z.
+    """
+
+    def __init__(self, strategy: Strategy, beta: float) -> None:
+        self._strategy, self._beta = strategy, beta
+
+    def update(self) -> None:
+        """See Averages. The optimizer has done it."""
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """See Averages. The weights are kept beside, not computed back: training goes on with the same bits."""
+        kept = []
+        with torch.no_grad():
+            for _, parameter in self._strategy.module.trainable():
+                iterate = self._strategy.optimizer.state.get(parameter, {}).get(ITERATE)
+                if iterate is not None:
+                    kept.append((parameter, parameter.detach().clone()))
+                    parameter.copy_(_averaged(parameter, iterate, self._beta))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weights in kept:
+                    parameter.copy_(weights)
+
+
+def _averaged(weights: Tensor, iterate: Tensor, beta: float) -> Tensor:
+    return weights.detach().lerp(iterate, 1.0 - 1.0 / beta)
+
+
 class AveragedState(Mapping[str, Tensor]):
     """A state with each weight's average in its place, where it has one."""
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
+    def __init__(self, state: Mapping[str, Tensor], *, beta: float | None = None) -> None:
+        """beta: of a schedule-free optimizer."""
+        self._state, self._beta = state, beta
 
     def __getitem__(self, name: str) -> Tensor:
+        iterate = f"optimizer/{name.removeprefix('model/')}/{ITERATE}"
+        if self._beta is not None and name.startswith("model/") and iterate in self._state:
+            return _averaged(self._state[name], self._state[iterate], self._beta)
         average = f"optimizer/{name.removeprefix('model/')}/{SLOT}"
         return self._state[average if name.startswith("model/") and average in self._state else name]
 

@@ -11,6 +11,7 @@ from raylm.models.adapters import merged
 from raylm.models.export import export_adapter, export_model, storage_dtype
 from raylm.models.folder import as_folder
 from raylm.models.load import load_config, load_model
+from raylm.optim.build import averaging_beta
 from raylm.training.checkpoint import newest_checkpoint, open_state, read_meta
 from raylm.training.ema import AveragedState
 from raylm.training.job import WorkerJob
@@ -41,7 +42,8 @@ def rebuilt(job: WorkerJob) -> Any:
     newest = newest_checkpoint(job.run.checkpoints)
     assert newest is not None, "a run ends with a checkpoint"
     model = prepared(load_model(job.config.model, torch.device("cpu")), job.config)
-    restore_weights(LossModule(model).trainable(), AveragedState(open_state(newest, read_meta(newest))))
+    state = AveragedState(open_state(newest, read_meta(newest)), beta=averaging_beta(job.config.optimizer))
+    restore_weights(LossModule(model).trainable(), state)
     return model
 
 

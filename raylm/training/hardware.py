@@ -2,6 +2,7 @@
 
 import ctypes
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -104,3 +105,8 @@ def memory_gib(device: torch.device) -> dict[str, float]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """The autocast context of a precision; none for fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])

@@ -14,7 +14,7 @@ from raylm.errors import CheckpointError
 from raylm.training.batch import to_batch
 from raylm.training.checkpoint import CheckpointMeta
 from raylm.training.checkpoint_writer import CheckpointWriter
-from raylm.training.ema import Ema
+from raylm.training.ema import Averages
 from raylm.training.hardware import flops_per_token, matmul_peak_flops, matrices, memory_gib
 from raylm.training.job import WorkerData, WorkerJob
 from raylm.training.loop import EvalResult, StepResult, evaluate
@@ -42,10 +42,10 @@ class WorkerHooks:
         events: EventsWriter | None,
         node_goes_away: Callable[[], bool],
         parts: Sequence[Any],
-        ema: Ema | None,
+        averages: Averages | None,
     ) -> None:
         """parts: what a checkpoint holds besides weights and optimizer state."""
-        self._parts, self._ema = parts, ema
+        self._parts, self._averages = parts, averages
         self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
         self._events = events
         self._writer: MetricsWriter | None = None
@@ -103,8 +103,8 @@ class WorkerHooks:
         self._checkpoints.check()
         if self._profiler is not None:
             self._profiler.step_done(result.step)
-        if self._ema:
-            self._ema.update()
+        if self._averages:
+            self._averages.update()
         if self._writer is None or not self._logged(result.step):
             return
         rate = result.tokens / result.seconds
@@ -133,7 +133,7 @@ class WorkerHooks:
             return None
         self._announce("evaluating", step=step, num_steps=self._job.num_steps)
         batches = (to_batch(part) for part in self._data.evaluation())
-        with self._ema.in_place() if self._ema else contextlib.nullcontext():
+        with self._averages.in_place() if self._averages else contextlib.nullcontext():
             result = evaluate(self._strategy, batches, precision=self._precision, alive=self.alive)
         figures = {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/loss_tokens": result.tokens}
         if self._writer is not None:

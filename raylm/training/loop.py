@@ -6,7 +6,6 @@ Called by Ray Train workers, by unit tests and by a profiler alike.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +15,8 @@ from raylm.config.training import ScheduleSection
 from raylm.errors import TrainingError
 from raylm.optim.schedules import learning_rate_factor
 from raylm.training.batch import Batch, empty_batch
-from raylm.training.hardware import DTYPES
+from raylm.training.curvature import estimate_hessian
+from raylm.training.hardware import autocast
 from raylm.training.scaling import LossScaler
 from raylm.training.stopping import Stop
 from raylm.training.strategies.base import Strategy
@@ -123,8 +123,20 @@ def run_loop(
         factor = learning_rate_factor(settings.schedule, step, settings.num_steps)
         for group, rate in zip(strategy.optimizer.param_groups, base_rates, strict=True):
             group["lr"] = rate * factor
+        seed = settings.seed * 1_000_003 + step * 4_099
+        interval = getattr(strategy.optimizer, "hessian_interval_steps", 0)
+        if interval and step % interval == 0:
+            torch.manual_seed(seed + strategy.rank)
+            estimate_hessian(
+                strategy,
+                micro_batches,
+                precision=settings.precision,
+                seed=seed % 2**63,
+                alive=hooks.alive,
+                scaler=scaler,
+            )
         # Dropout is a function of (seed, step, rank): there is no generator state to save or to lose.
-        torch.manual_seed(settings.seed * 1_000_003 + step * 4_099 + strategy.rank)
+        torch.manual_seed(seed + strategy.rank)
         loss, grad_norm, tokens, loss_tokens = train_step(
             strategy,
             micro_batches,
@@ -226,11 +238,6 @@ def _in_step(strategy: Strategy, batches: Iterable[Batch]) -> Iterator[Batch]:
         if not int(strategy.sum_over_ranks(torch.tensor(batch is not None, dtype=torch.int64, device=strategy.device))):
             return
         yield batch or empty_batch()
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """The autocast context of a precision; none for fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def _after_step(step: int, settings: LoopSettings, hooks: Hooks, stop: Stop) -> Stop:

@@ -38,6 +38,30 @@ def next_token_loss(
     return loss
 
 
+@torch.no_grad()
+def drawn_labels(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, uniforms: Tensor, *, chunk_tokens: int = 1024
+) -> Tensor:
+    """Labels drawn from the model's distribution where there are labels, by the inverse of its cumulated softmax.
+
+    Arguments and shapes as in next_token_loss. uniforms: (tokens,) fp32 within 0 and 1, one draw a position.
+    """
+    carries = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    states, head, drawn = hidden.index_select(0, carries).to(dtype), weight.to(dtype), labels.clone()
+    for start in range(0, len(carries), chunk_tokens):
+        places = carries[start : start + chunk_tokens]
+        logits = (states[start : start + chunk_tokens] @ head.t()).float()
+        if bias is not None:
+            logits += bias
+        cumulated = logits.softmax(-1).cumsum(-1)
+        wanted = uniforms[places, None] * cumulated[:, -1:]
+        found = torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
+        drawn[places] = found.clamp_(max=weight.shape[0] - 1)
+    return drawn
+
+
 class _FusedLoss(torch.autograd.Function):
     """Loss and gradients in one pass: d(logits) = softmax - target needs nothing that the backward pass brings."""
 

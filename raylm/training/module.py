@@ -5,6 +5,9 @@ plain linear map of the decoder's last state, and attention which keeps packed s
 loaded model with a small probe, never assumed from its name.
 """
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from raylm.errors import ModelError
 from raylm.models.adapters import base_of, output_layer
 from raylm.models.attention import packed_arguments
 from raylm.training.batch import Batch, batch_of
-from raylm.training.losses import next_token_loss
+from raylm.training.losses import drawn_labels, next_token_loss
 
 PROBE_TOLERANCE = 1e-3
 
@@ -29,6 +32,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self._extras = extras or LossSection()
+        self._draws_from: int | None = None
         if self._extras.neftune_alpha:
             base_of(model).get_input_embeddings().register_forward_hook(self._with_noise)
         self._trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
@@ -36,7 +40,21 @@ class LossModule(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Summed loss in nats over the batch's labels, 0-d fp32."""
         causal = base_of(self.model)
-        return self.loss_of(self.hidden(causal, batch), *output_layer(causal), batch.labels)
+        hidden, head = self.hidden(causal, batch), output_layer(causal)
+        if self._draws_from is not None:
+            labels = drawn_labels(hidden, *head, batch.labels, _uniforms(batch, self._draws_from))
+            return next_token_loss(hidden, *head, labels)
+        return self.loss_of(hidden, *head, batch.labels)
+
+    @contextmanager
+    def drawing_labels(self, seed: int) -> Iterator[None]:
+        """Within the block the loss is that of labels which the model draws, without extras. Each position's draw
+        depends on the seed and on its row."""
+        self._draws_from = seed
+        try:
+            yield
+        finally:
+            self._draws_from = None
 
     def loss_of(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype | None = None
@@ -74,6 +92,15 @@ class LossModule(nn.Module):
             **packed_arguments(batch.seq_lengths, causal.config._attn_implementation, batch.input_ids.device),
         )
         return output.last_hidden_state[0]
+
+
+def _uniforms(batch: Batch, seed: int) -> Tensor:
+    """(tokens,) fp32: drawn for each sequence by its own tokens, so that no packing and no rank changes them."""
+    parts = []
+    for ids in batch.input_ids[0].cpu().split(batch.seq_lengths.tolist()):
+        digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=7, key=seed.to_bytes(8, "big")).digest()
+        parts.append(torch.rand(len(ids), generator=torch.Generator().manual_seed(int.from_bytes(digest, "big"))))
+    return torch.cat(parts).to(batch.input_ids.device)
 
 
 @torch.no_grad()

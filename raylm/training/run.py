@@ -174,6 +174,7 @@ def check_before_start(config: TrainConfig) -> TokenizerSource:
     from raylm.models.load import check_max_seq_len, load_config, structure_of
     from raylm.models.quantize import check_bitsandbytes, check_quantizable
     from raylm.optim.build import check_optimizer
+    from raylm.optim.checks import check_optimizer_use
     from raylm.training.lisa import check_lisa
     from raylm.training.prepare import check_compiler, freeze
 
@@ -183,6 +184,7 @@ def check_before_start(config: TrainConfig) -> TokenizerSource:
         read_meta(Path(str(resume)).expanduser().resolve())
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
     check_optimizer(config.optimizer)
+    check_optimizer_use(config)
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)

@@ -11,10 +11,10 @@ import torch
 from raylm.config import TrainConfig
 from raylm.config.deepspeed import deepspeed_config
 from raylm.data.stream import MicroBatch
-from raylm.optim.build import build_optimizer
+from raylm.optim.build import averaging_beta, build_optimizer
 from raylm.training.batch import Batch, empty_batch, to_batch
 from raylm.training.checkpoint import check_identity, open_state, read_meta
-from raylm.training.ema import Ema
+from raylm.training.ema import Averages, Ema, ScheduleFree
 from raylm.training.environment import write_host
 from raylm.training.finish import export, rebuilt, tokenizer_and_end
 from raylm.training.hardware import resolve_precision
@@ -71,8 +71,8 @@ def run_worker(
     )
     parts = [part for part in (scaler,) if part]
     start_step = _restore(job, strategy, parts) if job.start_from else 0
-    ema = Ema(strategy, config.training.ema_decay) if config.training.ema_decay is not None else None
-    hooks = WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts, ema)
+    averages = _averages(config, strategy)
+    hooks = WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts, averages)
     try:
         stop = run_loop(
             strategy,
@@ -106,8 +106,15 @@ def run_worker(
         assert events is not None
         events.write("exporting")
         whole = strategy.holds_whole_weights and not config.method.quantized
-        with ema.in_place() if ema and whole else contextlib.nullcontext():
+        with averages.in_place() if averages and whole else contextlib.nullcontext():
             export(job, module.model if whole else rebuilt(job), tokenizer, end_token)
+
+
+def _averages(config: TrainConfig, strategy: Strategy) -> Averages | None:
+    if config.training.ema_decay is not None:
+        return Ema(strategy, config.training.ema_decay)
+    beta = averaging_beta(config.optimizer)
+    return None if beta is None else ScheduleFree(strategy, beta)
 
 
 def _before_step(config: TrainConfig, strategy: Strategy, hooks: WorkerHooks, start_step: int) -> Callable[[int], None]:

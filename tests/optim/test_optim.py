@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from raylm.config.training import OptimizerSection, ScheduleSection
+from raylm.config.training import OptimizerSection
 from raylm.errors import ConfigError
-from raylm.optim.build import build_optimizer, check_optimizer
-from raylm.optim.schedules import learning_rate_factor
+from raylm.optim.build import build_optimizer, check_optimizer, option_names
+from raylm.optim.table import OPTIMIZERS
 
 
 def test_adamw_follows_its_paper_written_out() -> None:
@@ -57,20 +57,34 @@ def test_patterns_choose_learning_rates() -> None:
 
 
 def test_unknown_optimizers_and_options_name_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'adam' is not an optimizer\. Did you mean adamw\?"):
-        check_optimizer(OptimizerSection(name="adam"))
+    with pytest.raises(ConfigError, match=r"'adamv' is not an optimizer\. Did you mean adam"):
+        check_optimizer(OptimizerSection(name="adamv"))
     with pytest.raises(ConfigError, match=r"adamw has no option beta\. Nearest: betas"):
         check_optimizer(OptimizerSection(options={"beta": 0.9}))
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325]),
-        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.55, 0.231802]),
-    ],
-)
-def test_schedules_on_values(name: str, expected: list[float]) -> None:
-    section = ScheduleSection(name=name, warmup_steps=2, min_ratio=0.1)  # type: ignore[arg-type]
-    assert [learning_rate_factor(section, step, 6) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_one_knows_its_options(name: str) -> None:
+    check_optimizer(OptimizerSection(name=name))
+    assert set(OPTIMIZERS[name].options) <= set(option_names(OPTIMIZERS[name]))
+    with pytest.raises(ConfigError, match=rf"{name} has no option momentun\. Nearest: \w+"):
+        check_optimizer(OptimizerSection(name=name, options={"momentun": 0.9}))
+
+
+def test_muon_takes_matrices_of_blocks_only() -> None:
+    named = {
+        "model.layers.0.mlp.up_proj.weight": torch.nn.Parameter(torch.ones(4, 3)),
+        "model.layers.0.norm.weight": torch.nn.Parameter(torch.ones(4)),
+        "base_model.model.layers.11.q_proj.lora_A.default.weight": torch.nn.Parameter(torch.ones(4, 3)),
+        "transformer.h.3.mlp.c_fc.bias": torch.nn.Parameter(torch.ones(4)),
+        "transformer.wte.weight": torch.nn.Parameter(torch.ones(4, 3)),
+        "model.embed_tokens.weight": torch.nn.Parameter(torch.ones(4, 3)),
+        "lm_head.weight": torch.nn.Parameter(torch.ones(4, 3)),
+    }
+    optimizer = build_optimizer(named.items(), OptimizerSection(name="muon", weight_decay=0.1))
+    hidden = {id(p) for group in optimizer.param_groups if group["hidden"] for p in group["params"]}
+    assert [name for name, p in named.items() if id(p) in hidden] == [
+        "model.layers.0.mlp.up_proj.weight",
+        "base_model.model.layers.11.q_proj.lora_A.default.weight",
+    ]
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["hidden"]} == {0.1}

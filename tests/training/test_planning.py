@@ -216,6 +216,16 @@ def test_what_would_stop_a_run_stops_its_plan(make_plan: Any, tmp_path: Path) ->
         make_plan()
 
 
+def test_plans_leave_out_what_an_optimizer_is_refused_with(make_plan: Any) -> None:
+    """Muon keeps one number for a matrix of a block, two elsewhere, and does not step pieces of weights."""
+    plan = make_plan("optimizer.name=muon", memory_gib=8.0)
+    assert {row.name.split()[0] for row in plan.memory} == {"single", "ddp"}
+    adamw = make_plan(memory_gib=8.0).chosen.optimizer
+    assert adamw / 2 < plan.chosen.optimizer < adamw
+    with pytest.raises(ConfigError, match=r"muon excludes training\.strategy=fsdp"):
+        make_plan("optimizer.name=muon", "training.strategy=fsdp")
+
+
 def test_the_state_of_an_optimizer_by_shape() -> None:
     assert state_bytes(OptimizerSection(), [(30, 20), (30,)]) == 2 * 4 * 630 + 2 * 4
 

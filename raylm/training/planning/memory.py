@@ -15,6 +15,7 @@ from torch import nn
 from raylm.config import TrainConfig
 from raylm.config.deepspeed import deepspeed_config
 from raylm.models.blocks import decoder_blocks
+from raylm.optim.checks import plannable
 from raylm.training.module import LossModule
 from raylm.training.planning.optimizer_state import state_bytes
 from raylm.training.planning.trace import Traced, trace_micro_batch
@@ -159,7 +160,9 @@ def memory_table(
     shown = tuple(
         row
         for row in LAYOUTS
-        if (on_gpu or not row.section.get("cpu_offload")) and row.strategy not in config.method.excluded
+        if (on_gpu or not row.section.get("cpu_offload"))
+        and row.strategy not in config.method.excluded
+        and plannable(config.optimizer, row.strategy)
     )
     layouts = shown if chosen in shown else (*shown, chosen)
     blocks = _blocks(module)
@@ -194,7 +197,8 @@ def _memory(
     ranks = 1 if layout.strategy == "single" else config.cluster.max_workers
     accumulated = config.gradient_accumulation_steps(ranks) > 1
     everything = list(module.parameters())
-    learns = [parameter for parameter in everything if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    names, learns = [name for name, _ in named], [parameter for _, parameter in named]
     cut = _by_rows if layout.strategy == "fsdp" else _by_elements
     whole = sum(p.numel() for p in everything) * FP32
     part = {kind: cut if kind in layout.cut else _whole for kind in "wgo"}
@@ -204,7 +208,7 @@ def _memory(
         saved = round(_frozen_matrices(blocks) * (FP32 - NF4))
         whole -= saved
         weights -= saved // ranks if "w" in layout.cut else saved
-    optimizer = state_bytes(config.optimizer, parts["o"])
+    optimizer = state_bytes(config.optimizer, parts["o"], names=names)
     if config.training.ema_decay is not None:
         optimizer += sum(map(math.prod, parts["o"])) * FP32
     if layout.master:
@@ -222,7 +226,7 @@ def _memory(
     in_pass = standing + flat + bucket_stands + trace.peak
     in_update = here["w"] + here["o"] + here["g"] + exchanged + bucket + _scattering(layout, module, blocks, learns)
     if config.checkpoint.asynchronous:
-        host += _checkpoint(learns, config, ranks)
+        host += _checkpoint(named, config, ranks)
     return Memory(
         name=layout.name,
         workers=ranks,
@@ -307,7 +311,8 @@ def _zero_config(config: TrainConfig, module: LossModule) -> dict[str, Any]:
     return dict(deepspeed_config(own, hidden_size=hidden_size)["zero_optimization"])
 
 
-def _checkpoint(learns: Sequence[nn.Parameter], config: TrainConfig, ranks: int) -> int:
+def _checkpoint(named: Sequence[tuple[str, nn.Parameter]], config: TrainConfig, ranks: int) -> int:
     """This rank's share of what a checkpoint holds."""
-    shapes = [tuple(p.shape) for p in learns]
-    return (sum(map(math.prod, shapes)) * FP32 + state_bytes(config.optimizer, shapes)) // ranks
+    shapes = [tuple(parameter.shape) for _, parameter in named]
+    state = state_bytes(config.optimizer, shapes, names=[name for name, _ in named])
+    return (sum(map(math.prod, shapes)) * FP32 + state) // ranks

@@ -1,0 +1,167 @@
+"""Every row of the table against its update rule written out, and what plans, LISA and resuming rely on."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raylm.config.training import OptimizerSection
+from raylm.optim.build import build_optimizer
+from raylm.optim.table import OPTIMIZERS
+from raylm.training.planning.optimizer_state import state_bytes
+from raylm.training.state import collect_state, restore_state
+from raylm.training.strategies.base import rest_optimizer
+from tests.optim.rules import RULES
+
+STEPS, DECAY = 20, 0.1
+RNG = np.random.default_rng(7)
+START = {"layers.0.weight": RNG.standard_normal((4, 3)), "norm.weight": RNG.standard_normal(5)}
+GRADIENTS = {name: RNG.standard_normal((STEPS, *value.shape)) for name, value in START.items()}
+# NAdam's product of momenta is float32; projections add 1e-8 to the lengths they divide by.
+TOLERANCES = {"nadam": 1e-6, "adamp": 1e-7, "sgdp": 1e-7}
+RATES = [1e-2 * (1 - step / (2 * STEPS)) for step in range(STEPS)]
+CASES = [
+    *((name, {}) for name in OPTIMIZERS),
+    ("ademamix", {"t_alpha_beta3": 12.0, "betas": (0.8, 0.9, 0.99)}),
+    ("adamp", {"delta": 0.9}),
+    ("sgdp", {"delta": 0.9}),
+    ("sophia", {"hessian_interval_steps": 3, "gamma": 0.5}),
+    ("radam", {"betas": (0.9, 0.8)}),
+    ("adabound", {"gamma": 0.5, "final_lr": 0.02}),
+]
+
+
+def _named(dtype: torch.dtype = torch.float64) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, torch.nn.Parameter(torch.tensor(value, dtype=dtype))) for name, value in START.items()]
+
+
+def _section(name: str, options: dict[str, Any] | None = None) -> OptimizerSection:
+    return OptimizerSection(name=name, learning_rate=RATES[0], weight_decay=DECAY, options=options or {})
+
+
+def _step(optimizer: Any, named: Any, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = RATES[step]
+    for name, parameter in named:
+        parameter.grad = torch.tensor(GRADIENTS[name][step], dtype=parameter.dtype) if parameter.requires_grad else None
+    every = getattr(optimizer, "hessian_interval_steps", 0)
+    if every and step % every == 0:  # what the loop does, with gradients of drawn labels
+        optimizer.update_hessian(50)
+    optimizer.step()
+
+
+def _expected(name: str, parameter: str, options: dict[str, Any]) -> list[np.ndarray]:
+    matrix = START[parameter].ndim == 2
+    rule = RULES["adamw" if name == "muon" and not matrix else name]
+    held = {**OPTIMIZERS[name].options, **options}
+    if rule is RULES["adamw"]:
+        held = {key: held[key] for key in ("betas", "eps")}
+    held = {key: value for key, value in held.items() if key not in ("fused", "foreach")}
+    return list(rule(START[parameter], GRADIENTS[parameter], RATES, DECAY if matrix else 0.0, **held))
+
+
+def test_every_row_has_a_rule() -> None:
+    assert RULES.keys() == OPTIMIZERS.keys()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_it_takes_the_steps_of_its_rule(name: str, options: dict[str, Any]) -> None:
+    """20 steps in float64 with a falling rate; matrices decay, vectors do not."""
+    named = _named()
+    optimizer = build_optimizer(named, _section(name, options))
+    expected = {parameter: _expected(name, parameter, options) for parameter in START}
+    for step in range(STEPS):
+        _step(optimizer, named, step)
+        for key, parameter in named:
+            found, wanted = parameter.detach().numpy(), expected[key][step]
+            if name == "muon" and parameter.ndim == 2:  # bfloat16 inside
+                moved = np.linalg.norm(wanted - START[key])
+                assert np.linalg.norm(found - wanted) < 0.02 * moved
+            else:
+                np.testing.assert_allclose(found, wanted, rtol=TOLERANCES.get(name, 1e-9))
+
+
+@pytest.mark.parametrize("name", ["adamp", "sgdp"])
+def test_projections_happen_and_do_not(name: str) -> None:
+    """The cases above are of both kinds."""
+    usual, never = (
+        _expected(name, "layers.0.weight", {"delta": 0.9}),
+        _expected(name, "layers.0.weight", {"delta": 0.0}),
+    )
+    always = _expected(name, "layers.0.weight", {"delta": 9.0})
+    assert not np.allclose(usual[-1], never[-1])
+    assert not np.allclose(usual[-1], always[-1])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_its_state_takes_the_bytes_of_its_row(name: str) -> None:
+    row = OPTIMIZERS[name]
+    found = state_bytes(_section(name), [(30, 20)], names=["layers.0.weight"])
+    assert 0 <= found - 4 * (row.state_full * 30 * 20 + row.state_vectors * (30 + 20)) <= 24
+
+
+def test_muon_keeps_adamws_state_for_embeddings() -> None:
+    shapes, names = [(30, 20), (50, 20), (20,)], ["layers.0.mlp.weight", "embed_tokens.weight", "norm.weight"]
+    assert state_bytes(_section("muon"), shapes, names=names) == 4 * 600 + (2 * 4 * 1000 + 4) + (2 * 4 * 20 + 4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_takes_the_same_steps_bit_for_bit(name: str) -> None:
+    straight, before = _named(torch.float32), _named(torch.float32)
+    first, second = build_optimizer(straight, _section(name)), build_optimizer(before, _section(name))
+    for step in range(STEPS):
+        _step(first, straight, step)
+    for step in range(STEPS // 2):
+        _step(second, before, step)
+    state = {key: value.clone() for key, value in collect_state(before, second).items()}
+    after = _named(torch.float32)
+    third = build_optimizer(after, _section(name))
+    restore_state(after, third, state)
+    for step in range(STEPS // 2, STEPS):
+        _step(third, after, step)
+    left, right = collect_state(straight, first), collect_state(after, third)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert torch.equal(value, right[key]), key
+
+
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if not row.averages])
+def test_a_parameter_that_rested_without_state_begins_anew(name: str) -> None:
+    """LISA: what was frozen and freed steps as one that never stepped, whatever the others' count."""
+    named = _named()
+    optimizer = build_optimizer(named, _section(name))
+    matrix, vector = named[0][1], named[1][1]
+    for step in range(5):
+        _step(optimizer, named, step)
+    matrix.requires_grad_(False)
+    rest_optimizer(optimizer, named, keep_state=False)
+    assert matrix not in optimizer.state
+    rested = matrix.detach().clone()
+    for step in range(5, 8):
+        _step(optimizer, named, step)
+    assert torch.equal(matrix, rested)
+    matrix.requires_grad_(True)
+    rest_optimizer(optimizer, named, keep_state=False)
+    anew = [("layers.0.weight", torch.nn.Parameter(rested.clone()))]
+    alone = build_optimizer(anew, _section(name))
+    for step in range(8, STEPS):
+        _step(optimizer, named, step)
+        _step(alone, anew, step)
+        assert torch.equal(matrix, anew[0][1])
+    # The other one went on as if nothing had happened.
+    expected = _expected(name, "norm.weight", {})[-1]
+    np.testing.assert_allclose(vector.detach().numpy(), expected, rtol=TOLERANCES.get(name, 1e-9))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_rate_of_zero_keeps_a_parameter(name: str) -> None:
+    named = _named()
+    section = _section(name).model_copy(update={"learning_rates": {"norm": 0.0}})
+    optimizer = build_optimizer(named, section)
+    for step in range(3):
+        for key, parameter in named:
+            parameter.grad = torch.tensor(GRADIENTS[key][step])
+        optimizer.step()
+    np.testing.assert_array_equal(named[1][1].detach().numpy(), START["norm.weight"])
+    assert not np.allclose(named[0][1].detach().numpy(), START["layers.0.weight"])
