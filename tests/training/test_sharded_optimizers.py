@@ -84,7 +84,7 @@ def test_every_optimizer_that_is_allowed_steps_as_in_one_process(
     _compare(pool, tiny_model_dir, strategy, 0, _works(strategy))
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_each_kind_steps_as_in_one_process(pool: Ranks, tiny_model_dir: Path, strategy: str) -> None:
     _compare(pool, tiny_model_dir, strategy, 3, list(BY_KIND))
 
