@@ -79,7 +79,7 @@ def object_store(path: str) -> tuple[Any, str]:
         if scheme_of(path) == "s3":
             return _s3(bucket, options, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
         return _arrow(scheme_of(path), bucket, options)
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:  # the last: Arrow was built without this file system
         raise DataError(shown(path), f"cannot be reached: {reason(error)}.", "Check the address.") from None
 
 
