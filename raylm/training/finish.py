@@ -12,8 +12,8 @@ from raylm.models.export import export_adapter, export_model, storage_dtype
 from raylm.models.folder import as_folder
 from raylm.models.load import load_config, load_model
 from raylm.optim.build import averaging_beta
+from raylm.training.averages import AveragedState
 from raylm.training.checkpoint import newest_checkpoint, open_state, read_meta
-from raylm.training.ema import AveragedState
 from raylm.training.job import WorkerJob
 from raylm.training.module import LossModule
 from raylm.training.prepare import prepared

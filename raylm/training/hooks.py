@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from raylm.errors import CheckpointError
+from raylm.training.averages import Averages
 from raylm.training.batch import to_batch
 from raylm.training.checkpoint import CheckpointMeta
 from raylm.training.checkpoint_writer import CheckpointWriter
-from raylm.training.ema import Averages
 from raylm.training.hardware import flops_per_token, matmul_peak_flops, matrices, memory_gib
 from raylm.training.job import WorkerData, WorkerJob
 from raylm.training.loop import EvalResult, StepResult, evaluate
@@ -43,9 +43,10 @@ class WorkerHooks:
         node_goes_away: Callable[[], bool],
         parts: Sequence[Any],
         averages: Averages | None,
+        switch: Callable[[int], None] | None,
     ) -> None:
-        """parts: what a checkpoint holds besides weights and optimizer state."""
-        self._parts, self._averages = parts, averages
+        """parts: what a checkpoint holds besides weights and optimizer state. switch: chooses what trains in a step."""
+        self._parts, self._averages, self._switch = parts, averages, switch
         self._job, self._data, self._strategy, self._precision = job, data, strategy, precision
         self._events = events
         self._writer: MetricsWriter | None = None
@@ -94,9 +95,11 @@ class WorkerHooks:
         os._exit(EXIT_CODE)
 
     def before_step(self, step: int) -> None:
-        """Before the step, counted from 0."""
+        """See Hooks."""
         if self._profiler is not None:
             self._profiler.before_step(step)
+        if self._switch is not None:
+            self._switch(step)
 
     def step_done(self, result: StepResult) -> None:
         """See Hooks."""

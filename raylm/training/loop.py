@@ -71,6 +71,10 @@ class Hooks(Protocol):
         """Before whatever may take long, with what it is, as in `rank 3 …`."""
         ...
 
+    def before_step(self, step: int) -> None:
+        """Before each step is taken, with its number from 0."""
+        ...
+
     def step_done(self, result: StepResult) -> None:
         """After each optimizer step."""
         ...
@@ -99,14 +103,12 @@ def run_loop(
     hooks: Hooks,
     *,
     start_step: int = 0,
-    before_step: Callable[[int], None] | None = None,
     scaler: LossScaler | None = None,
 ) -> Stop:
     """Trains from `start_step` to the end, or until the hooks want a stop; returns why.
 
     steps: this rank's micro-batches of each global batch, in order.
 
-    before_step: called on every rank with the number of the step (0-based) that is about to be taken.
     scaler: of fp16 runs. Raises TrainingError before the update when loss or gradient is not finite.
     """
     base_rates = [group["lr"] for group in strategy.optimizer.param_groups]
@@ -117,8 +119,7 @@ def run_loop(
         hooks.alive(f"waits for the data of step {step + 1}")
         micro_batches = next(iterator)
         data_seconds = time.perf_counter() - started
-        if before_step is not None:
-            before_step(step)
+        hooks.before_step(step)
         stop = _agreed(strategy, hooks)
         factor = learning_rate_factor(settings.schedule, step, settings.num_steps)
         for group, rate in zip(strategy.optimizer.param_groups, base_rates, strict=True):

@@ -33,29 +33,27 @@ class Mirror:
         """address: of the folder that the checkpoints of this run lie in."""
         self._address = address
         self._newest: Path | None = None
-        self._behind = False
+        self._problem = ""
 
     def written(self, path: Path) -> None:
         """See Keeper."""
-        self._newest = path
+        self._newest, self._problem = path, ""
         try:
             self._copy_all(path.parent)
-            self._behind = False
         except (OSError, RaylmError) as error:
-            self._behind = True
+            self._problem = str(error)
             logger.warning("%s is not in %s yet: %s", path.name, shown(self._address), error)
 
     def close(self) -> None:
         """See Keeper."""
-        if self._newest is not None and self._behind:
-            try:
-                self._copy_all(self._newest.parent)
-            except (OSError, RaylmError) as error:
-                raise CheckpointError(
-                    shown(self._address),
-                    f"does not hold the newest checkpoint: {error}.",
-                    f"It lies in {self._newest}.",
-                ) from None
+        if self._newest is not None and self._problem:
+            self.written(self._newest)
+        if self._problem:
+            raise CheckpointError(
+                shown(self._address),
+                f"does not hold the newest checkpoint: {self._problem}.",
+                f"It lies in {self._newest}.",
+            )
 
     def _copy_all(self, root: Path) -> None:
         for attempt in range(ATTEMPTS):

@@ -12,23 +12,19 @@ from typing import Any
 import numpy as np
 
 from raylm.config import TrainConfig
-from raylm.config.data import SourceSection
-from raylm.config.deepspeed import deepspeed_config, read_deepspeed_json
 from raylm.data.plan import RunPlan, plan_run
 from raylm.data.remote import scheme_of, shown
 from raylm.data.report import DataReport
-from raylm.data.sources import list_files
-from raylm.data.store import TokenizerSource, row_tokenizer
 from raylm.errors import CheckpointError
 from raylm.ray_session import ray_session
+from raylm.training.before_start import check_before_start, with_absolute_paths
 from raylm.training.checkpoint import check_identity, newest_checkpoint, read_meta
 from raylm.training.metrics import EventsWriter, final_figures, plot_losses
 from raylm.training.mirror import fetch, newest_in_mirror
 from raylm.training.progress import watch_run
 from raylm.training.report.write import write_report
-from raylm.training.run_dir import RunDir, locate_run_dir, open_run_dir
+from raylm.training.run_dir import RunDir, open_run_dir
 from raylm.training.sinks.follow import send_figures
-from raylm.training.sinks.table import check_sinks
 from raylm.training.stopping import DESCRIPTIONS, Stop, stop_on_sigterm
 
 logger = logging.getLogger(__name__)
@@ -122,95 +118,6 @@ class _Clock:
 def _session(config: TrainConfig, local_cpus: int, events: EventsWriter) -> Any:
     events.write("starting Ray")
     return ray_session(config.cluster.address, num_cpus=local_cpus)
-
-
-def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration as workers on any node should see it: paths of local files absolute, run.dir too, and the
-    content of small ones."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
-
-    def template(setting: str) -> str:
-        return str(Path(setting).expanduser().resolve()) if setting.endswith((".yaml", ".yml")) else setting
-
-    def at_absolute_path(sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
-        return tuple(
-            source.model_copy(
-                update={
-                    "path": _absolute_pattern(source.path),
-                    "template": source.template and template(source.template),
-                }
-            )
-            for source in sources
-        )
-
-    data = config.data.model_copy(
-        update={
-            "train": at_absolute_path(config.data.train),
-            "eval": at_absolute_path(config.data.eval),
-            "template": template(config.data.template),
-        }
-    )
-    model = config.model.model_copy(update={"path": absolute(config.model.path)})
-    run = config.run.model_copy(update={"dir": str(locate_run_dir(config))})
-    zero = config.deepspeed
-    if zero is not None and isinstance(zero.config, str):
-        zero = zero.model_copy(update={"config": read_deepspeed_json(zero.config)})
-    return config.model_copy(update={"data": data, "model": model, "run": run, "deepspeed": zero})
-
-
-def _absolute_pattern(path: str) -> str:
-    """A local path or pattern from the root of the file system; addresses, and what does not exist, as they are."""
-    local = Path(path).expanduser()
-    is_local = not scheme_of(path) and (local.exists() or any(sign in path for sign in "*?["))
-    return os.path.abspath(local) if is_local else path
-
-
-def check_before_start(config: TrainConfig) -> TokenizerSource:
-    """Raises for all that can be known to be wrong without Ray and without weights; returns where the tokenizer is."""
-    from raylm.models.adapters import check_lora, check_new_rows
-    from raylm.models.folder import as_folder
-    from raylm.models.load import check_max_seq_len, load_config, structure_of
-    from raylm.models.quantize import check_bitsandbytes, check_quantizable
-    from raylm.optim.build import check_optimizer
-    from raylm.optim.checks import check_optimizer_use
-    from raylm.training.lisa import check_lisa
-    from raylm.training.prepare import check_compiler, freeze
-
-    check_sinks(config.metrics)
-    resume = config.training.resume
-    if resume not in (None, "auto") and not scheme_of(str(resume)):
-        read_meta(Path(str(resume)).expanduser().resolve())
-    files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
-    check_optimizer(config.optimizer)
-    check_optimizer_use(config)
-    section = config.model
-    model_config = load_config(section)
-    check_max_seq_len(section, model_config, config.data.max_seq_len)
-    if config.training.compile:
-        check_compiler()
-    if config.method.quantized:
-        check_bitsandbytes()
-    if config.method.adapter:
-        structure = structure_of(section)
-        check_lora(structure, config.lora_or_default)
-        if config.method.quantized:
-            check_quantizable(structure)
-    if config.training.freeze:
-        freeze(structure_of(section), config.training.freeze)
-    if config.strategy == "deepspeed":
-        deepspeed_config(config, hidden_size=model_config.get_text_config().hidden_size)
-    if config.training.method == "lisa":
-        check_lisa(config.lisa_or_default, model_config)
-    if config.training.method == "new_rows":
-        check_new_rows(model_config, section.path)
-    source = TokenizerSource(
-        as_folder(section.path, section.revision), section.path, section.revision, section.trust_remote_code
-    )
-    for own in files:
-        row_tokenizer(own, config.data, source)
-    return source
 
 
 def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, DataReport, list[Any]]:

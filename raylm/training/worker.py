@@ -12,9 +12,9 @@ from raylm.config import TrainConfig
 from raylm.config.deepspeed import deepspeed_config
 from raylm.data.stream import MicroBatch
 from raylm.optim.build import averaging_beta, build_optimizer
+from raylm.training.averages import Averages, Ema, ScheduleFree
 from raylm.training.batch import Batch, empty_batch, to_batch
 from raylm.training.checkpoint import check_identity, open_state, read_meta
-from raylm.training.ema import Averages, Ema, ScheduleFree
 from raylm.training.environment import write_host
 from raylm.training.finish import export, rebuilt, tokenizer_and_end
 from raylm.training.hardware import resolve_precision
@@ -72,7 +72,8 @@ def run_worker(
     parts = [part for part in (scaler,) if part]
     start_step = _restore(job, strategy, parts) if job.start_from else 0
     averages = _averages(config, strategy)
-    hooks = WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts, averages)
+    switch = _switching(config, strategy, start_step) if config.training.method == "lisa" else None
+    hooks = WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts, averages, switch)
     try:
         stop = run_loop(
             strategy,
@@ -94,7 +95,6 @@ def run_worker(
             ),
             hooks,
             start_step=start_step,
-            before_step=_before_step(config, strategy, hooks, start_step),
             scaler=scaler,
         )
         hooks.end()
@@ -115,18 +115,6 @@ def _averages(config: TrainConfig, strategy: Strategy) -> Averages | None:
         return Ema(strategy, config.training.ema_decay)
     beta = averaging_beta(config.optimizer)
     return None if beta is None else ScheduleFree(strategy, beta)
-
-
-def _before_step(config: TrainConfig, strategy: Strategy, hooks: WorkerHooks, start_step: int) -> Callable[[int], None]:
-    acts: list[Callable[[int], None]] = [hooks.before_step]
-    if config.training.method == "lisa":
-        acts.append(_switching(config, strategy, start_step))
-
-    def before(step: int) -> None:
-        for act in acts:
-            act(step)
-
-    return before
 
 
 def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Callable[[int], None]:
