@@ -32,7 +32,7 @@ def test_a_node_that_goes_shrinks_the_group_and_one_that_comes_lets_it_grow(
         "data.train": str(write_dataset(PAIRS)),
         "data.max_seq_len": 64,
         "training": {"num_epochs": 2000, "max_steps": 9000, "global_batch_size": 4, "precision": "fp32"},
-        "optimizer.learning_rate": 1e-3,
+        "optimizer.learning_rate": 1e-5,  # hundreds of steps: learnt by heart, losses would amplify rounding
         "schedule.name": "constant",
         "checkpoint.interval_steps": 50,
         "metrics.sinks": [],
@@ -59,4 +59,4 @@ def test_a_node_that_goes_shrinks_the_group_and_one_that_comes_lets_it_grow(
     assert [step for step, _ in got] == list(range(1, found["steps"] + 1))
     whole = {"run.dir": str(tmp_path / "whole"), "cluster.cpus_per_worker": 1, "training.max_steps": found["steps"]}
     expected = _losses(Path(raylm.train(settings, whole).run_dir))
-    np.testing.assert_allclose([loss for _, loss in got], [loss for _, loss in expected], rtol=1e-3)
+    np.testing.assert_allclose([loss for _, loss in got], [loss for _, loss in expected], rtol=1e-4)
