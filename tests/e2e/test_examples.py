@@ -31,7 +31,7 @@ def test_an_example_can_be_planned(path: Path, tiny: Path, tmp_path: Path, monke
 
 def test_each_method_and_strategy_has_one() -> None:
     configs = [load_config(TrainConfig, path) for path in EXAMPLES]
-    assert {config.training.method for config in configs} >= {"full", "lora", "lisa", "new_rows"}
+    assert {config.training.method for config in configs} >= {"full", "lora", "qlora", "lisa", "new_rows"}
     assert {config.strategy for config in configs} >= {"single", "ddp", "fsdp", "deepspeed"}
     assert {config.deepspeed_or_default.stage for config in configs if config.strategy == "deepspeed"} == {2, 3}
     assert any(config.deepspeed_or_default.offload_param for config in configs)
