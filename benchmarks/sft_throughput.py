@@ -1,11 +1,14 @@
-"""Supervised fine-tuning: raylm's loop beside TRL's SFTTrainer at its fastest correct settings.
+"""Supervised fine-tuning: raylm's loop, set up as a worker does, beside TRL's SFTTrainer at its fastest settings.
 
 Both train the same model on the same conversations with the same tokens a step, the same loss mask (the answer and its
 end token), packed rows of 1,024 that do not see each other, fused AdamW, no gradient checkpointing, the same threads.
 Each contender runs in a process of its own; rounds alternate; figures are medians. TRL runs in both precisions where
 both are asked for, and the ratio is against its faster one. The last line of stdout is one JSON object.
 
-    python benchmarks/sft_throughput.py [--quick] [--models 45m,smollm2] [--precisions fp32,bf16]
+With --scaling raylm runs against itself instead: DDP of two ranks with half of the threads each over one rank with all,
+and four times the rows a step over as many tokens (1 where time grows linearly in tokens).
+
+    python benchmarks/sft_throughput.py [--quick] [--models 45m,smollm2] [--precisions fp32,bf16] [--scaling]
 
 RAYLM_SHARED, if set, names a folder with gsm8k_train_alpaca_format.json; without it conversations are made up.
 """
@@ -70,9 +73,10 @@ def model_folder(name: str, scratch: Path) -> str:
     return str(target)
 
 
-def run_raylm(folder: str, precision: str, steps: int, rows: int) -> dict[str, Any]:
-    """Times raylm's training step on packed rows of the conversations."""
+def run_raylm(folder: str, precision: str, steps: int, rows: int, ranks: int = 1) -> dict[str, Any]:
+    """Times raylm's training step on packed rows of the conversations, on this of some ranks (RANK, STORE)."""
     import torch
+    import torch.distributed as dist
 
     from raylm.config.sections import ModelSection
     from raylm.config.training import OptimizerSection
@@ -83,12 +87,17 @@ def run_raylm(folder: str, precision: str, steps: int, rows: int) -> dict[str, A
     from raylm.models.load import load_model
     from raylm.optim.build import build_optimizer
     from raylm.training.batch import batch_of
-    from raylm.training.hardware import matmul_peak_flops, matrix_parameters
+    from raylm.training.hardware import keep_freed_memory, matmul_peak_flops, matrix_parameters
     from raylm.training.loop import train_step
     from raylm.training.module import LossModule
+    from raylm.training.strategies.ddp import DdpStrategy
     from raylm.training.strategies.single import SingleStrategy
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    keep_freed_memory()
+    torch.set_num_threads((os.cpu_count() or 1) // ranks)
+    rank = int(os.environ.get("RANK", 0))
+    if ranks > 1:
+        dist.init_process_group("gloo", store=dist.FileStore(os.environ["STORE"], ranks), rank=rank, world_size=ranks)
     cpu = torch.device("cpu")
     tokenizer = load_tokenizer(folder)
     template = chat_template("auto", tokenizer, folder)
@@ -114,11 +123,12 @@ def run_raylm(folder: str, precision: str, steps: int, rows: int) -> dict[str, A
     module = LossModule(load_model(ModelSection(path=folder), cpu))
     module.train()
     optimizer = OptimizerSection(learning_rate=2e-5)
-    strategy = SingleStrategy(module, lambda named: build_optimizer(named, optimizer), cpu)
+    kind = DdpStrategy if ranks > 1 else SingleStrategy
+    strategy = kind(module, lambda named: build_optimizer(named, optimizer), cpu)
     rates, losses, carrying = [], [], []
     for step in range(steps):
         batches = []
-        for place in range(rows):
+        for place in range(rank, rows, ranks):
             members = plan.row(step, place)[1]
             batches.append(batch_of([tokens[m].input_ids for m in members], [tokens[m].loss_mask for m in members]))
         started = time.perf_counter()
@@ -209,14 +219,49 @@ def run_trl(folder: str, precision: str, steps: int, rows: int) -> dict[str, Any
     return {"tokens_per_second": per_step / statistics.median(clock.seconds[1:]), "loss": clock.losses[-1]}
 
 
-def contend(who: str, folder: str, precision: str, steps: int, rows: int) -> dict[str, Any]:
-    """Runs one contender in a process of its own."""
-    command = [sys.executable, __file__, "--contender", who, folder, precision, str(steps), str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def contend(who: str, folder: str, precision: str, steps: int, rows: int, ranks: int = 1) -> dict[str, Any]:
+    """Runs one contender in processes of its own, one a rank; the figures are those of rank 0."""
+    command = [sys.executable, __file__, "--contender", who, folder, precision, str(steps), str(rows), str(ranks)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if who == "raylm":
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # as Ray Train's workers have it
+    with tempfile.TemporaryDirectory() as scratch:
+        environment["STORE"] = f"{scratch}/store"
+        others = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**environment, "RANK": str(rank)},
+            )
+            for rank in range(1, ranks)
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        for other in others:
+            if done.returncode:
+                other.kill()
+            other.wait()
     if done.returncode:
         raise SystemExit(f"{who} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def scaling(folder: str, precision: str, options: argparse.Namespace) -> dict[str, float]:
+    """raylm against itself: two ranks over one, and four times the tokens a step over as many."""
+    cases = {
+        "one rank": (options.rows, 1),
+        "two ranks": (options.rows, 2),
+        "four times the rows": (4 * options.rows, 1),
+    }
+    rates: dict[str, list[float]] = {case: [] for case in cases}
+    for _ in range(options.rounds):
+        for case, (rows, ranks) in cases.items():
+            steps = options.steps if ranks > 1 or rows == options.rows else max(2, options.steps // 2)
+            rates[case].append(contend("raylm", folder, precision, steps, rows, ranks)["tokens_per_second"])
+            print(f"{case}: {rates[case][-1]:.1f} tokens/s", flush=True)
+    one, two, more = (statistics.median(rates[case]) for case in cases)
+    return {"ddp_2x1_over_1x2": round(two / one, 3), "rate_4x_rows_over_1x": round(more / one, 3)}
 
 
 def main() -> None:
@@ -227,12 +272,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps a round; the first is not counted")
     parser.add_argument("--rows", type=int, default=2, help="packed rows of 1,024 tokens a step")
     parser.add_argument("--quick", action="store_true", help="one round of three steps")
-    parser.add_argument("--contender", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--scaling", action="store_true", help="two ranks over one, and four times the rows a step")
+    parser.add_argument("--contender", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        who, folder, precision, steps, rows = options.contender
-        run = {"raylm": run_raylm, "trl": run_trl}[who]
-        print(json.dumps(run(folder, precision, int(steps), int(rows))))
+        who, folder, precision, *numbers = options.contender
+        steps, rows, ranks = map(int, numbers)
+        if who == "raylm":
+            print(json.dumps(run_raylm(folder, precision, steps, rows, ranks)))
+        else:
+            print(json.dumps(run_trl(folder, precision, steps, rows)))
         return
     if options.quick:
         options.rounds, options.steps = 1, 3
@@ -246,6 +295,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.models.split(","):
             folder = model_folder(name, Path(scratch))
+            suffix = "" if name == "45m" else f"_{name}"
+            if options.scaling:
+                report |= {f"{key}{suffix}": value for key, value in scaling(folder, ours, options).items()}
+                continue
             found: dict[str, list[dict[str, Any]]] = {}
             for number in range(options.rounds):
                 contenders = [("raylm", ours), *(("trl", precision) for precision in precisions)]
@@ -261,7 +314,6 @@ def main() -> None:
             for key, value in medians.items():
                 print(f"  {key:12} {value:8.1f}  {found[key][-1]['loss']:.4f}")
             mine = found[f"raylm {ours}"]
-            suffix = "" if name == "45m" else f"_{name}"
             best_trl = max(value for key, value in medians.items() if key.startswith("trl"))
             report[f"ratio_trl_packing{suffix}"] = round(medians[f"raylm {ours}"] / best_trl, 3)
             for key in ("mfu", "utilisation", "matmul_gflops"):
