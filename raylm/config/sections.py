@@ -56,6 +56,9 @@ class ModelSection(Section):
     """How packed sequences attend: `auto` takes flash_attention_3 or 2 on a GPU where the package is installed, else
     `flex_attention` there; `segments` (SDPA one sequence at a time) on CPUs and for models without it. `sdpa` and
     `eager` use a block-diagonal mask. The log says which it is."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """`liger`: norms, rotations and gated MLPs by Liger's fused kernels, on GPUs, for the architectures it knows. Needs
+    the package liger-kernel."""
 
 
 class ClusterSection(Section):

@@ -61,6 +61,7 @@ def check_before_start(config: TrainConfig) -> TokenizerSource:
     """Raises for all that can be known to be wrong without Ray and without weights; returns where the tokenizer is."""
     from raylm.models.adapters import check_lora, check_new_rows
     from raylm.models.folder import as_folder
+    from raylm.models.kernels import check_liger
     from raylm.models.load import check_max_seq_len, load_config, structure_of
     from raylm.models.quantize import check_bitsandbytes, check_quantizable
     from raylm.optim.build import check_optimizer
@@ -78,6 +79,8 @@ def check_before_start(config: TrainConfig) -> TokenizerSource:
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)
+    if section.kernels == "liger":
+        check_liger(model_config.model_type)
     if config.training.compile:
         check_compiler()
     if config.method.quantized:

@@ -11,6 +11,7 @@ from raylm.config import TrainConfig
 from raylm.errors import ConfigError, ModelError
 from raylm.models.adapters import add_lora, add_new_rows, base_of
 from raylm.models.blocks import decoder_blocks
+from raylm.models.kernels import use_liger
 from raylm.models.load import load_model
 from raylm.models.quantize import load_quantized
 from raylm.training.hardware import DTYPES
@@ -21,8 +22,10 @@ logger = logging.getLogger(__name__)
 def load_base(config: TrainConfig, device: torch.device, precision: str) -> Any:
     """The base model on `device`. precision: that of a step, in which NF4 weights are multiplied. Raises ModelError."""
     if config.method.quantized:
-        return load_quantized(config.model, device, compute_dtype=DTYPES[precision])
-    return load_model(config.model, device)
+        model = load_quantized(config.model, device, compute_dtype=DTYPES[precision])
+    else:
+        model = load_model(config.model, device)
+    return use_liger(model) if config.model.kernels == "liger" else model
 
 
 def prepared(model: Any, config: TrainConfig) -> Any:

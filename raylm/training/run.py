@@ -64,11 +64,13 @@ def run_training(config: TrainConfig) -> TrainResult:
     local_cpus = max(os.cpu_count() or 1, config.cluster.max_workers * (config.cluster.cpus_per_worker or 1) + 1)
     with watch_run(run.path), _session(config, local_cpus, events) as ray:
         from raylm.models.attention import check_attention
+        from raylm.models.kernels import check_kernels
         from raylm.training.hardware import check_fp16
         from raylm.training.ray_trainer import TrainData, fit, plan_resources
 
         resources = plan_resources(config, ray.cluster_resources())
         check_attention(config.model.attention, on_gpu=resources.use_gpu)
+        check_kernels(config.model.kernels, on_gpu=resources.use_gpu)
         if config.training.precision == "fp16":
             check_fp16(on_gpu=resources.use_gpu)
         clock.lap("start_ray")
