@@ -81,22 +81,26 @@ class _FusedLoss(torch.autograd.Function):
         states, head = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(states) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        blank = torch.empty_like if dtype == torch.float32 and len(labels) else torch.zeros_like
+        grad_weight = blank(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias and bias is not None else None
         for start in range(0, len(labels), chunk):
             part, target = states[start : start + chunk], labels[start : start + chunk, None]
             logits = (part @ head.t()).float()
             if bias is not None:
                 logits += bias
-            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += normaliser.sum() - (1 - smoothing) * logits.gather(1, target).sum()
+            log_probs = torch.log_softmax(logits, dim=-1)
+            of_target = log_probs.gather(1, target)
+            normaliser = logits.gather(1, target) - of_target
+            del logits
+            loss -= (1 - smoothing) * of_target.sum()
             if smoothing:
-                loss -= smoothing * logits.mean(-1).sum()
+                loss -= smoothing * log_probs.mean(-1).sum()
             if z_loss:
                 loss += z_loss * normaliser.square().sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            delta = logits.sub_(normaliser).exp_()
+            delta = log_probs.exp_()
             if z_loss:
                 delta *= 1 + 2 * z_loss * normaliser
             if smoothing:
@@ -108,8 +112,8 @@ class _FusedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(delta, head, out=grad_hidden[start : start + chunk])
             if grad_weight is not None:
-                if dtype == torch.float32:
-                    grad_weight.addmm_(delta.t(), part)
+                if dtype == torch.float32:  # beta=0: what stands there is not read
+                    grad_weight.addmm_(delta.t(), part, beta=float(start > 0))
                 else:
                     grad_weight += delta.t() @ part
         ctx.grads = (
