@@ -55,7 +55,7 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Any]], section: Optimi
     # The default rate first, matrices before the rest: the first group's rate is the one that is shown.
     ordered = sorted(groups.items(), key=lambda item: (item[0][0] != section.learning_rate, not item[0][1]))
     factory = _factory(row)
-    return (counted(factory, row.counters) if row.counters else factory)(
+    optimizer = (counted(factory, row.counters) if row.counters else factory)(
         [
             {
                 "params": members,
@@ -68,6 +68,8 @@ def build_optimizer(named_parameters: Iterable[tuple[str, Any]], section: Optimi
         lr=section.learning_rate,
         **{**row.options, **section.options},
     )
+    optimizer.takes_whole = bool(row.whole)  # strategies that cut weights bring them together
+    return optimizer
 
 
 def averaging_beta(section: OptimizerSection) -> float | None:

@@ -14,7 +14,8 @@ class OptimizerRow:
     decay: "decoupled", or "L2", which is added to the gradient.
     learning_rates: lowest and highest peak rate worth trying in fine-tuning.
     state_full: fp32 tensors of the weight's shape that are kept; state_vectors: of its rows and of its columns.
-    whole: what it takes of a whole weight, which a piece of one does not have; empty for elementwise updates.
+    whole: what it takes of a whole weight, which a piece of one does not have; empty for elementwise updates. Where
+    weights are cut, one rank brings each together and steps it.
     counters: numbers that the library keeps for a group, which `counted` keeps for each parameter.
     hidden_apart: matrices inside decoder blocks are in groups of their own, marked `hidden`.
     averages: weights to evaluate and export are others than those that are trained (schedule-free).
@@ -270,15 +271,10 @@ OPTIMIZERS = {
 }
 
 STRATEGIES = ("single", "ddp", "fsdp", "deepspeed")
-_CUT = ("fsdp", "deepspeed")
 
 
 def excluded_strategies(row: OptimizerRow) -> Mapping[str, str]:
     """Strategy that an optimizer would be wrong under -> why."""
-    if row.whole:
-        return dict.fromkeys(_CUT, f"it takes {row.whole}, and there each rank steps a piece of a weight")
-    if row.estimates:
-        return {"deepspeed": "its estimates need gradients outside of a step, which ZeRO keeps to itself"}
     if row.averages:
         return {"deepspeed": "its averaged weights are not at hand while ZeRO steps flat pieces"}
     return {}
