@@ -69,9 +69,7 @@ def restore_state(
         if name in slots:
             # Counters stay where the optimizer put them (fused AdamW wants its step beside the parameter).
             optimizer.state[parameter] = {
-                slot: place(state[key], parameter).clone()
-                for slot, key in slots[name].items()
-                if only in (None, slot)
+                slot: place(state[key], parameter).clone() for slot, key in slots[name].items() if only in (None, slot)
             }
 
 

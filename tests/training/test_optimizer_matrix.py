@@ -22,8 +22,7 @@ REFUSED_NOWHERE = ("adamw", "lion", "adafactor", "lamb", "muon", "sophia")
 def _refused(model: Path, name: str, cell: str) -> bool:
     try:
         check_optimizer_use(config_of(model, name, CELLS[cell]))
-    except ConfigError as error:
-        assert "training.strategy=single" in str(error) or "Set optimizer.name=" in str(error)
+    except ConfigError:
         return True
     return False
 

@@ -166,13 +166,9 @@ class OwnedOptimizer:
         """Sends the new weights back into the parts."""
         mine = self._owned_by(self._rank, bucket)
         new = {name: self._parameters[name].detach().view(-1) for name in mine}
-        sent = [
-            [new[name].narrow(0, *ranges[name]) for name in mine if ranges[name][1]] for ranges in self._ranges
-        ]
+        sent = [[new[name].narrow(0, *ranges[name]) for name in mine if ranges[name][1]] for ranges in self._ranges]
         own = self._ranges[self._rank]
-        lengths = [
-            sum(own[name][1] for name in self._owned_by(rank, bucket)) for rank in range(self._world_size)
-        ]
+        lengths = [sum(own[name][1] for name in self._owned_by(rank, bucket)) for rank in range(self._world_size)]
         for rank, received in enumerate(self._exchange(sent, lengths)):
             place = 0
             for name in self._owned_by(rank, bucket):
