@@ -79,13 +79,16 @@ def strategy_of(config: TrainConfig, world_size: int) -> Any:
     from raylm.optim.build import build_optimizer
     from raylm.training.module import LossModule
     from raylm.training.strategies.table import strategy_class
-    from raylm.training.worker import _strategy_section
+    from raylm.training.worker import _strategy_section, head_dim
 
     device = torch.device("cpu")
     module = LossModule(load_model(config.model, device))
     section = _strategy_section(config, module.model, world_size)
     return strategy_class(config.strategy)(
-        module, lambda named: build_optimizer(named, config.optimizer), device, section
+        module,
+        lambda named: build_optimizer(named, config.optimizer, head_dim=head_dim(module.model.config)),
+        device,
+        section,
     )
 
 
