@@ -26,6 +26,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write tables that slow tests measure into docs/")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return build_tokenizer()

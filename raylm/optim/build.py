@@ -5,7 +5,7 @@ import fnmatch
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from raylm.config.training import OptimizerSection
@@ -34,40 +34,47 @@ def option_names(row: OptimizerRow) -> list[str]:
     ]
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, Any]], section: OptimizerSection) -> Any:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Any]], section: OptimizerSection, *, head_dim: int | None = None
+) -> Any:
     """The optimizer with a group for each learning rate, parted in matrices, which decay, and norms and biases, which
     do not.
 
-    named_parameters: those that require gradients. Every one is in exactly one group. Raises ConfigError for a pattern
+    named_parameters: those that require gradients. Every one is in exactly one group. head_dim: rows of an attention
+    head, which some treat as one; without it, rows by themselves. Raises ConfigError for a pattern
     of `learning_rates` that no name holds.
     """
     row = optimizer_row(section.name)
-    groups: dict[tuple[float, bool, bool], list[Any]] = {}
+    groups: dict[tuple[float, bool, bool, int], list[Any]] = {}
     unused = set(section.learning_rates)
     for name, parameter in named_parameters:
         held = [pattern for pattern in section.learning_rates if fnmatch.fnmatchcase(name, f"*{pattern}*")]
         unused -= set(held)
         rate = section.learning_rates[held[0]] if held else section.learning_rate
         hidden = row.hidden_apart and is_hidden(name, parameter.ndim)
-        groups.setdefault((rate, parameter.ndim >= 2, hidden), []).append(parameter)
+        rows = head_dim if head_dim and row.heads_apart and _has_heads(name, parameter.shape, head_dim) else 1
+        groups.setdefault((rate, parameter.ndim >= 2, hidden, rows), []).append(parameter)
     if unused:
         raise ConfigError("optimizer.learning_rates", f"no trainable parameter's name holds {sorted(unused)[0]!r}.")
     # The default rate first, matrices before the rest: the first group's rate is the one that is shown.
     ordered = sorted(groups.items(), key=lambda item: (item[0][0] != section.learning_rate, not item[0][1]))
     factory = _factory(row)
-    return (counted(factory, row.counters) if row.counters else factory)(
+    optimizer = (counted(factory, row.counters) if row.counters else factory)(
         [
             {
                 "params": members,
                 "lr": rate,
                 "weight_decay": section.weight_decay if decays else 0.0,
                 **({"hidden": hidden} if row.hidden_apart else {}),
+                **({"block_rows": rows} if row.heads_apart else {}),
             }
-            for (rate, decays, hidden), members in ordered
+            for (rate, decays, hidden, rows), members in ordered
         ],
         lr=section.learning_rate,
         **{**row.options, **section.options},
     )
+    optimizer.takes_whole = bool(row.whole)  # strategies that cut weights bring them together
+    return optimizer
 
 
 def averaging_beta(section: OptimizerSection) -> float | None:
@@ -84,6 +91,12 @@ def is_hidden(name: str, ndim: int) -> bool:
     return ndim == 2 and re.search(r"(^|\.)\d+\.", name) is not None
 
 
+def _has_heads(name: str, shape: Sequence[int], head_dim: int) -> bool:
+    """Whether a parameter is the matrix of queries or keys alone."""
+    named = re.search(r"\b(q_proj|k_proj|query|key)\.weight$", name) is not None
+    return named and len(shape) == 2 and shape[0] % head_dim == 0
+
+
 def optimizer_row(name: str) -> OptimizerRow:
     """The row of a name. Raises ConfigError."""
     if name not in OPTIMIZERS:
@@ -95,4 +108,11 @@ def optimizer_row(name: str) -> OptimizerRow:
 
 def _factory(row: OptimizerRow) -> Any:
     module, _, attribute = row.factory.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != "bitsandbytes":
+            raise
+        raise ConfigError(
+            "optimizer.name", "needs the package bitsandbytes.", "pip install 'raylm[quantization]'."
+        ) from None

@@ -28,6 +28,12 @@ def check_optimizer_use(config: TrainConfig) -> None:
                 "blocks would begin without an estimate.",
                 "Change one of them.",
             )
+    if row.paged and config.training.method == "lisa":
+        raise ConfigError(
+            "optimizer.name",
+            f"{name} excludes training.method=lisa: bitsandbytes keeps the pages of blocks that rest for ever.",
+            f"Set optimizer.name={name.removeprefix('paged_')}.",
+        )
     if not row.averages:
         return
     if config.training.method == "lisa":

@@ -43,7 +43,7 @@ def _facts(name: str, row: OptimizerRow) -> dict[str, Any]:
         "state": _state(row),
         "needs_whole": row.whole,
         "strategies": [strategy for strategy in STRATEGIES if strategy not in excluded_strategies(row)],
-        "lisa": not row.averages,
+        "lisa": not (row.averages or row.paged),
         "note": row.note,
     }
 
@@ -63,9 +63,18 @@ def _cells(facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _state(row: OptimizerRow) -> str:
-    """fp32 numbers for each weight of a matrix."""
-    vectors = {0: "", 1: "rows + columns"}.get(row.state_vectors, f"{row.state_vectors} (rows + columns)")
-    return " + ".join(filter(None, (str(row.state_full) if row.state_full else "", vectors)))
+    """Numbers for each weight of a matrix, of 32 bits where nothing else is said."""
+    full = str(row.state_full) if row.state_full else ""
+    if row.state_bits != 32:
+        full += f" of {row.state_bits} bits"
+    low = f"{row.state_low_rank} (rank x longer side) + rank x shorter" if row.state_low_rank else ""
+    parts = {
+        "rows + columns": row.state_vectors,
+        "rows": row.state_rows,
+        "rows x rows + columns x columns": row.state_squares,
+    }
+    shown = [what if number == 1 else f"{number} ({what})" for what, number in parts.items() if number]
+    return " + ".join(filter(None, (full, *shown, low)))
 
 
 def _value(value: Any) -> str:

@@ -13,11 +13,16 @@ class OptimizerRow:
     options: its arguments, with the defaults of `source` (else of `note`).
     decay: "decoupled", or "L2", which is added to the gradient.
     learning_rates: lowest and highest peak rate worth trying in fine-tuning.
-    state_full: fp32 tensors of the weight's shape that are kept; state_vectors: of its rows and of its columns.
-    whole: what it takes of a whole weight, which a piece of one does not have; empty for elementwise updates.
+    state_full: tensors of the weight's shape that are kept, in numbers of state_bits; fp32 besides are state_vectors of
+    its rows and of its columns, state_rows of its rows, state_squares of rows x rows and of columns x columns, and
+    state_low_rank of rank x its longer side, with a projection of rank x the shorter.
+    whole: what it takes of a whole weight, which a piece of one does not have; empty for elementwise updates. Where
+    weights are cut, one rank brings each together and steps it.
     counters: numbers that the library keeps for a group, which `counted` keeps for each parameter.
+    heads_apart: query and key matrices are in groups of their own, with the rows of a head as `block_rows`.
     hidden_apart: matrices inside decoder blocks are in groups of their own, marked `hidden`.
     averages: weights to evaluate and export are others than those that are trained (schedule-free).
+    paged: its library never gives memory back.
     estimates: the loop runs an extra pass every `hessian_interval_steps` for it.
     note: where it differs from its source.
     """
@@ -28,10 +33,16 @@ class OptimizerRow:
     options: dict[str, Any] = field(default_factory=dict)
     decay: Literal["decoupled", "L2"] = "decoupled"
     state_full: int = 2
+    state_bits: int = 32
     state_vectors: int = 0
+    state_rows: int = 0
+    state_squares: int = 0
+    state_low_rank: int = 0
     whole: str = ""
     counters: tuple[str, ...] = ()
     hidden_apart: bool = False
+    heads_apart: bool = False
+    paged: bool = False
     averages: bool = False
     estimates: bool = False
     note: str = ""
@@ -90,6 +101,18 @@ OPTIMIZERS = {
         options={"betas": (0.9, 0.999), "eps": 1e-8, "fused": True},
         decay="L2",
     ),
+    "adam_mini": OptimizerRow(
+        factory="raylm.optim.adam_mini:AdamMini",
+        source="arXiv:2406.16793, Algorithms 1 and 3",
+        learning_rates=(1e-6, 1e-4),
+        options={"betas": (0.9, 0.999), "eps": 1e-8},
+        state_full=1,
+        state_rows=1,
+        whole="means of squares over rows and heads",
+        heads_apart=True,
+        note="ours: pytorch-optimizer 4.1.0 has the first version's partition. Rows of matrices, heads of queries and "
+        "keys where they are modules of their own (q_proj, k_proj, query, key), whole vectors.",
+    ),
     "adamax": OptimizerRow(
         factory="torch.optim:Adamax",
         source="arXiv:1412.6980, Algorithm 2",
@@ -113,6 +136,15 @@ OPTIMIZERS = {
         learning_rates=(1e-6, 1e-4),
         options={"betas": (0.9, 0.999), "eps": 1e-8, "fused": True},
     ),
+    "adamw_8bit": OptimizerRow(
+        factory="raylm.optim.eight_bit:AdamW",
+        source="arXiv:1711.05101, Algorithm 2; arXiv:2110.02861",
+        learning_rates=(1e-6, 1e-4),
+        options={"betas": (0.9, 0.999), "eps": 1e-8, "min_8bit_size": 4096},
+        state_bits=8,
+        whole="blocks of 256 elements with a scale each",
+        note="bitsandbytes', on CPUs too. Parameters of fewer than min_8bit_size elements keep fp32 state.",
+    ),
     "adan": OptimizerRow(
         factory="pytorch_optimizer:Adan",
         source="arXiv:2208.06677, Algorithm 1",
@@ -133,6 +165,27 @@ OPTIMIZERS = {
         note="decay comes first and has the rate alone, as AdamW's. Set t_alpha_beta3 to the number of steps for the "
         "paper's warm-up of alpha and beta3.",
     ),
+    "apollo": OptimizerRow(
+        factory="raylm.optim.low_rank:Apollo",
+        source="arXiv:2412.05270, Algorithm 1",
+        learning_rates=(1e-5, 1e-3),
+        options={
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "rank": 128,
+            "interval_steps": 200,
+            "scale": 1.0,
+            "scale_type": "channel",
+            "max_growth": 1.01,
+        },
+        state_full=0,
+        state_low_rank=2,
+        whole="projections of the gradient, its channels' and its update's norms",
+        hidden_apart=True,
+        note="ours: pytorch-optimizer 4.1.0 projects the scaled gradient and back, in the paper the whole one is scaled. "
+        "Matrices inside decoder blocks; the rest takes AdamW (2 floats). APOLLO-Mini: rank=1, scale_type=tensor, "
+        "scale=11.3.",
+    ),
     "came": OptimizerRow(
         factory="pytorch_optimizer:CAME",
         source="arXiv:2307.02047, Algorithm 2",
@@ -142,6 +195,18 @@ OPTIMIZERS = {
         state_vectors=2,
         whole="rows, columns, norm of the update",
         note="vectors have no confidence, as in the authors' code. eps2 is added to the squared residual.",
+    ),
+    "galore": OptimizerRow(
+        factory="raylm.optim.low_rank:GaLore",
+        source="arXiv:2403.03507, Algorithm 2",
+        learning_rates=(1e-5, 1e-3),
+        options={"betas": (0.9, 0.999), "eps": 1e-8, "rank": 128, "interval_steps": 200, "scale": 0.25},
+        state_full=0,
+        state_low_rank=2,
+        whole="singular vectors of the gradient",
+        hidden_apart=True,
+        note="ours: pytorch-optimizer 4.1.0 keeps the projection where no checkpoint can hold it, and draws it anew one "
+        "step early. Matrices inside decoder blocks; the rest takes AdamW (2 floats).",
     ),
     "lamb": OptimizerRow(
         factory="raylm.optim.lamb:Lamb",
@@ -170,6 +235,16 @@ OPTIMIZERS = {
         options={"betas": (0.9, 0.99)},
         state_full=1,
     ),
+    "lion_8bit": OptimizerRow(
+        factory="raylm.optim.eight_bit:Lion",
+        source="arXiv:2302.06675, Algorithm 2; arXiv:2110.02861",
+        learning_rates=(1e-7, 3e-5),
+        options={"betas": (0.9, 0.99), "min_8bit_size": 4096},
+        state_full=1,
+        state_bits=8,
+        whole="blocks of 256 elements with a scale each",
+        note="bitsandbytes', on CPUs too. Parameters of fewer than min_8bit_size elements keep fp32 state.",
+    ),
     "muon": OptimizerRow(
         factory="raylm.optim.muon:MuonWithAdamW",
         source="arXiv:2502.16982, Algorithm 1",
@@ -196,6 +271,27 @@ OPTIMIZERS = {
         state_full=1,
         whole="the gradient's norm",
         note="decay is added to the normalised gradient, as in the paper.",
+    ),
+    "paged_adamw_8bit": OptimizerRow(
+        factory="raylm.optim.eight_bit:PagedAdamW",
+        source="arXiv:1711.05101, Algorithm 2; arXiv:2110.02861",
+        learning_rates=(1e-6, 1e-4),
+        options={"betas": (0.9, 0.999), "eps": 1e-8, "min_8bit_size": 4096},
+        state_bits=8,
+        whole="blocks of 256 elements with a scale each",
+        paged=True,
+        note="as adamw_8bit, with state in pages that the driver moves between GPU and host; on CPUs there are none.",
+    ),
+    "paged_lion_8bit": OptimizerRow(
+        factory="raylm.optim.eight_bit:PagedLion",
+        source="arXiv:2302.06675, Algorithm 2; arXiv:2110.02861",
+        learning_rates=(1e-7, 3e-5),
+        options={"betas": (0.9, 0.99), "min_8bit_size": 4096},
+        state_full=1,
+        state_bits=8,
+        whole="blocks of 256 elements with a scale each",
+        paged=True,
+        note="as lion_8bit, with state in pages that the driver moves between GPU and host; on CPUs there are none.",
     ),
     "radam": OptimizerRow(
         factory="torch.optim:RAdam",
@@ -250,6 +346,22 @@ OPTIMIZERS = {
         whole="norms and products of weight, gradient and update",
         note="decay is divided by 1 - momentum, as in the authors' code.",
     ),
+    "soap": OptimizerRow(
+        factory="raylm.optim.soap:Soap",
+        source="arXiv:2409.11321, Algorithm 3",
+        learning_rates=(1e-6, 1e-4),
+        options={
+            "betas": (0.95, 0.95),
+            "eps": 1e-8,
+            "precondition_frequency": 10,
+            "max_precondition_dim": 10000,
+        },
+        state_squares=2,
+        whole="products of the matrix with itself, and their eigenvectors",
+        counters=_COUNT,
+        note="sides longer than max_precondition_dim have no basis. eps is added before the bias correction. As in the "
+        "authors' code, the first step of a parameter only makes its bases, and decay comes after the update.",
+    ),
     "sophia": OptimizerRow(
         factory="raylm.optim.sophia:Sophia",
         source="arXiv:2305.14342, Algorithms 2 and 3",
@@ -270,15 +382,10 @@ OPTIMIZERS = {
 }
 
 STRATEGIES = ("single", "ddp", "fsdp", "deepspeed")
-_CUT = ("fsdp", "deepspeed")
 
 
 def excluded_strategies(row: OptimizerRow) -> Mapping[str, str]:
     """Strategy that an optimizer would be wrong under -> why."""
-    if row.whole:
-        return dict.fromkeys(_CUT, f"it takes {row.whole}, and there each rank steps a piece of a weight")
-    if row.estimates:
-        return {"deepspeed": "its estimates need gradients outside of a step, which ZeRO keeps to itself"}
     if row.averages:
         return {"deepspeed": "its averaged weights are not at hand while ZeRO steps flat pieces"}
     return {}

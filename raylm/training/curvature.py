@@ -4,7 +4,6 @@ Gauss-Newton-Bartlett, arXiv:2305.14342, Algorithm 2: labels are drawn from the 
 position that carries loss; the square of the mean loss's gradient, times the number of labels, is the estimate.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,7 +27,6 @@ def estimate_hessian(
 
     seed: of the draws, which depend on it and on the rows, not on ranks. An estimate that is not finite is left out.
     """
-    optimizer = strategy.optimizer
     counts = torch.tensor(sum(batch.loss_tokens for batch in micro_batches), dtype=torch.int64, device=strategy.device)
     num_labels = int(strategy.sum_over_ranks(counts))
     for index, batch in enumerate(micro_batches):
@@ -38,7 +36,5 @@ def estimate_hessian(
                 loss = strategy.loss(batch.to(strategy.device))
             strategy.backward(loss / num_labels * (scaler.scale if scaler else 1.0))
     if scaler:
-        scaler.unscale(optimizer)
-    if math.isfinite(float(strategy.clip_grad_norm(math.inf))):
-        optimizer.update_hessian(num_labels)
-    optimizer.zero_grad(set_to_none=True)
+        scaler.unscale(strategy.optimizer)
+    strategy.take_estimate(num_labels)

@@ -56,8 +56,10 @@ def restore_state(
     state: Mapping[str, Tensor],
     *,
     place: Callable[[Tensor, nn.Parameter], Tensor] = lambda value, parameter: value.to(parameter.device),
+    only: str | None = None,
 ) -> None:
-    """Writes a state back. place: puts a whole tensor where the parameter is, as it is cut.
+    """Writes a state back. place: puts a whole tensor where the parameter is, as it is cut. only: of the optimizer's
+    tensors, those of this name.
 
     Raises CheckpointError when the state is of another model.
     """
@@ -67,7 +69,7 @@ def restore_state(
         if name in slots:
             # Counters stay where the optimizer put them (fused AdamW wants its step beside the parameter).
             optimizer.state[parameter] = {
-                slot: place(state[key], parameter).clone() for slot, key in slots[name].items()
+                slot: place(state[key], parameter).clone() for slot, key in slots[name].items() if only in (None, slot)
             }
 
 

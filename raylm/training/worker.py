@@ -65,7 +65,7 @@ def run_worker(
         events.write("placing the model", parameters=sum(sizes), trainable_parameters=trained)
     strategy: Strategy = strategy_class(config.strategy)(
         module,
-        lambda trainable: build_optimizer(trainable, config.optimizer),
+        lambda trainable: build_optimizer(trainable, config.optimizer, head_dim=head_dim(model.config)),
         device,
         _strategy_section(config, model, world_size),
     )
@@ -149,6 +149,15 @@ def steps_of(
             return
         assert [batch.step for batch in found] == [step] * own, f"step {step}: {[batch.step for batch in found]}"
         yield [*(to_batch(batch) for batch in found), *(empty_batch() for _ in range(passes - own))]
+
+
+def head_dim(model_config: Any) -> int | None:
+    """Rows of an attention head's queries; None for a model that does not say."""
+    text = model_config.get_text_config()
+    found = getattr(text, "head_dim", None)
+    if found is None and getattr(text, "num_attention_heads", None):
+        found = text.hidden_size // text.num_attention_heads
+    return found
 
 
 def _strategy_section(config: TrainConfig, model: Any, world_size: int) -> Any:

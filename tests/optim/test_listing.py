@@ -28,10 +28,12 @@ def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines] == ["name", *OPTIMIZERS]
     assert main(["optim", "list", "--json"]) == 0
     facts = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert facts["lamb"]["strategies"] == ["single", "ddp"]
+    assert facts["schedulefree_sgd"]["strategies"] == ["single", "ddp", "fsdp"]
     assert facts["lion"]["strategies"] == ["single", "ddp", "fsdp", "deepspeed"]
     assert facts["lion"]["options"] == {"betas": [0.9, 0.99]}
     assert facts["came"]["state"] == "1 + 2 (rows + columns)"
+    assert facts["galore"]["state"] == "2 (rank x longer side) + rank x shorter"
+    assert facts["adamw_8bit"]["state"] == "2 of 8 bits"
 
 
 def test_lmflows_optimizers_are_there() -> None:

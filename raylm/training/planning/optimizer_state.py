@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from raylm.config.training import OptimizerSection
-from raylm.optim.build import build_optimizer, is_hidden
+from raylm.optim.build import build_optimizer, is_hidden, optimizer_row
 
-_SIZES = (7, 11, 13, 17, 19)
+_OFFSETS = (7, 11, 13, 17, 19)
 """Of the dimensions of the small parameter, all unequal: a slot's dimensions tell which of them it has."""
+_BLOCK = 256
+"""Elements that share a scale in 8-bit state."""
 
 
 def state_bytes(
@@ -22,6 +24,10 @@ def state_bytes(
 
     names: of the parameters, in the same order; some optimizers treat matrices of decoder blocks apart.
     """
+    row, options = optimizer_row(section.name), section.options
+    if row.state_bits == 8:
+        fewest = options.get("min_8bit_size", row.options["min_8bit_size"])
+        return sum(row.state_full * _quantised(math.prod(shape), int(str(fewest))) for shape in shapes)
     plain = section.model_copy(update={"learning_rates": {}})
     key = plain.model_dump_json()
     found = names if names is not None else [""] * len(shapes)
@@ -30,25 +36,39 @@ def state_bytes(
     )
 
 
+def _quantised(elements: int, fewest: int) -> int:
+    """Bytes of a tensor in 8 bits with a scale for each block, or in fp32 where it has too few elements."""
+    return 4 * elements if elements < fewest else elements + 4 * -(-elements // _BLOCK)
+
+
 @lru_cache(maxsize=4096)
 def _bytes_of(key: str, shape: tuple[int, ...], hidden: bool) -> int:
+    section = OptimizerSection.model_validate_json(key)
+    limit = int({**optimizer_row(section.name).options, **section.options}.get("max_precondition_dim", 0))
     total = 0
-    for dimensions, element_size in _slots(key, len(shape), hidden):
-        total += element_size * math.prod(shape[place] if place >= 0 else 1 for place in dimensions)
+    tall = len(shape) > 1 and shape[0] >= shape[1]
+    for dimensions, element_size in _slots(key, len(shape), hidden, tall):
+        sizes = [shape[place] if place >= 0 else min(-place, *shape) for place in dimensions]
+        square = len(dimensions) == 2 and dimensions[0] == dimensions[1]
+        total += 0 if square and limit and sizes[0] > limit else element_size * math.prod(sizes)
     return total
 
 
 @lru_cache(maxsize=64)
-def _slots(key: str, ndim: int, hidden: bool) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """For each slot: the places of its dimensions among the parameter's (-1 for others), and bytes of an element."""
+def _slots(key: str, ndim: int, hidden: bool, tall: bool) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """For each slot: the places of its dimensions among the parameter's (less than 0: another size, such as a rank, but
+    no more than the parameter's), and bytes of an element."""
     section = OptimizerSection.model_validate_json(key)
-    parameter = nn.Parameter(torch.ones(_SIZES[:ndim]))
+    rank = int({**optimizer_row(section.name).options, **section.options}.get("rank", 0))
+    sizes = [rank + offset for offset in _OFFSETS[:ndim]]  # all above a rank
+    sizes = sizes[::-1] if tall else sizes
+    parameter = nn.Parameter(torch.rand(sizes))
     optimizer: Any = build_optimizer([("0.weight" if hidden else "weight", parameter)], section)
-    parameter.grad = torch.ones_like(parameter)
+    parameter.grad = torch.rand_like(parameter)
     optimizer.step()
     found = []
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor):
-            places = tuple(_SIZES.index(size) if size in _SIZES[:ndim] else -1 for size in value.shape)
+            places = tuple(sizes.index(size) if size in sizes else -size for size in value.shape)
             found.append((places, value.element_size()))
     return tuple(found)

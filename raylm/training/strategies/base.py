@@ -1,5 +1,6 @@
 """What a training step needs from the way ranks share the work."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -47,6 +48,11 @@ class Strategy(Protocol):
         """Updates the weights and drops the gradients."""
         ...
 
+    def take_estimate(self, num_labels: int) -> None:
+        """Gives the gradients, those of the mean loss over labels that were drawn, to the optimizer as an estimate of
+        the curvature, unless they are not finite, and drops them. No weight changes."""
+        ...
+
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """The sum of every rank's value."""
         ...
@@ -87,6 +93,14 @@ def rest_optimizer(optimizer: Any, trainable: Sequence[tuple[str, nn.Parameter]]
             }
 
 
+def take_finite_estimate(strategy: Strategy, num_labels: int) -> None:
+    """`take_estimate` where gradients lie with the optimizer's parameters."""
+    optimizer: Any = strategy.optimizer
+    if math.isfinite(float(strategy.clip_grad_norm(math.inf))):
+        optimizer.update_hessian(num_labels)
+    optimizer.zero_grad(set_to_none=True)
+
+
 class WholeState:
     """The parts that strategies with whole parameters on each rank have in common."""
 
@@ -106,6 +120,10 @@ class WholeState:
         """See Strategy."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def take_estimate(self, num_labels: int) -> None:
+        """See Strategy."""
+        take_finite_estimate(self, num_labels)  # type: ignore[arg-type]  # a part of one
 
     def train_only(self, names: frozenset[str], *, keep_state: bool) -> None:
         """See Strategy."""

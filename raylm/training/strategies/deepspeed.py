@@ -10,6 +10,7 @@ Weights are fp32 under autocast, as in the other strategies; DeepSpeed then step
 import contextlib
 import gc
 import io
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from raylm.training.batch import Batch
 from raylm.training.module import LossModule
 from raylm.training.state import Piece, optimizer_slots, restore_weights, share_of
 from raylm.training.strategies.base import BuildOptimizer
+from raylm.training.strategies.owned import HandedOn, OwnedOptimizer, Part
 
 Slots = dict[str, Tensor]
 """What an optimizer keeps for one parameter; 0-d tensors count steps."""
@@ -46,10 +48,19 @@ class DeepspeedStrategy:
         self.holds_whole_weights = self._stage < 3
         self._build = build_optimizer
         # Never steps: the loop sets rates in its groups, and the engine's optimizer takes them from there.
-        self.optimizer = build_optimizer(module.trainable())
+        self.optimizer: Any = build_optimizer(module.trainable())
         self._sources: list[int] = []
         self._slots: dict[str, Slots] = {}
         self._running: Any = None
+        # Of a parameter that is stepped in a flat tensor with others, what takes it whole has a piece; and estimates
+        # of the curvature come out of ZeRO as steps do.
+        self._owned: OwnedOptimizer | None = None
+        self._placed: dict[Tensor, list[tuple[str, slice]]] = {}
+        self._num_labels: int | None = None
+        if self._stage and (self.optimizer.takes_whole or hasattr(self.optimizer, "update_hessian")):
+            place = torch.device("cpu") if "offload_optimizer" in section["zero_optimization"] else device
+            shapes = {name: parameter.shape for name, parameter in module.trainable()}
+            self._owned = OwnedOptimizer(shapes, build_optimizer, place=place, device=device)
 
     def loss(self, batch: Batch) -> Tensor:
         """See Strategy."""
@@ -83,9 +94,39 @@ class DeepspeedStrategy:
         engine = self._engine()
         for group, source in zip(engine.optimizer.param_groups, self._sources, strict=True):
             group["lr"] = self.optimizer.param_groups[source]["lr"]
-        engine.step()
+        self._step_engine()
+
+    def _step_engine(self) -> None:
+        self._running.step()
         if self._stage == 3:  # a parameter without a gradient in the next step would be stepped with this one's
-            engine.optimizer.grad_partitions_flat_buffer.zero_()
+            self._running.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def take_estimate(self, num_labels: int) -> None:
+        """See Strategy. ZeRO brings the gradients as to a step, and passes over those that are not finite."""
+        finite = math.isfinite(float(self.clip_grad_norm(math.inf)))
+        if self._owned:
+            self._num_labels = num_labels
+            self._step_engine()
+            self._num_labels = None
+            return
+        optimizer = self._engine().optimizer
+        if finite:
+            optimizer.update_hessian(num_labels)
+        optimizer.zero_grad(set_to_none=True)
+
+    def _take(self, flats: list[Tensor]) -> None:
+        """What DeepSpeed would have stepped; all ranks have a flat tensor of the same parameters at a time."""
+        assert self._owned is not None
+        parts = {
+            name: Part(flat.detach()[within], flat.grad[within])
+            for flat in flats
+            if flat.grad is not None
+            for name, within in self._placed[flat]
+        }
+        if self._num_labels is None:
+            self._owned.step(parts, [group["lr"] for group in self.optimizer.param_groups])
+        else:
+            self._owned.estimate(parts, self._num_labels)
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """See Strategy."""
@@ -103,17 +144,21 @@ class DeepspeedStrategy:
             parameter.requires_grad_(name in names)
             if name not in names and not keep_state:
                 self._slots.pop(name, None)
+        if self._owned:
+            self._owned.rest(names, keep_state=keep_state)
 
     def pieces(self) -> dict[str, Piece]:
         """See Strategy. Stages 1 and 2 cut what they step into ranges of a flat tensor, stage 3 every parameter."""
         whole: dict[str, Tensor] = {}
-        found: dict[str, Piece] = {}
+        found: dict[str, Piece] = self._owned.pieces() if self._owned else {}
         for name, parameter in self.module.trainable():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             if hasattr(parameter, "ds_tensor"):  # from the first engine on
                 found |= self._cut(f"model/{name}", parameter.ds_tensor.detach(), shape)
             else:
                 whole[f"model/{name}"] = parameter.detach()
+            if self._owned:
+                continue
             partitioned = self._stage in (1, 2) and self._running is not None and parameter.requires_grad
             flat, within, piece = self._place(parameter) if partitioned else (None, slice(0), slice(0))
             live = self._running.optimizer.optimizer.state.get(flat, {}) if partitioned else {}
@@ -140,6 +185,9 @@ class DeepspeedStrategy:
         """See Strategy. Before the first step."""
         assert self._running is None, "the engine has been made"
         restore_weights(self.module.trainable(), state)
+        if self._owned:
+            self._owned.load(state)
+            return
         self._slots = {
             name: {slot: self._part(state[key]) if self._stage == 3 else state[key] for slot, key in slots.items()}
             for name, slots in optimizer_slots(state).items()
@@ -152,9 +200,12 @@ class DeepspeedStrategy:
 
     def _start_engine(self) -> None:
         deepspeed = _deepspeed(self.device)
-        optimizer = self._build([(name, p) for name, p in self.module.trainable() if p.requires_grad])
         groups, self._sources = self._groups_by_age()
-        optimizer.param_groups[:] = groups
+        if self._owned:
+            optimizer: Any = HandedOn(groups, self._take)
+        else:
+            optimizer = self._build([(name, p) for name, p in self.module.trainable() if p.requires_grad])
+            optimizer.param_groups[:] = groups
         self._running, *_ = deepspeed.initialize(
             model=_Wrapped(self.module),
             optimizer=optimizer,
@@ -162,9 +213,26 @@ class DeepspeedStrategy:
         )
         if self._stage == 3:
             _step_in_place(self._running.optimizer)
+        if self._owned:
+            self._lay_out()
         for name, parameter in self.module.trainable():
             if parameter.requires_grad and name in self._slots:
                 self._put(parameter, self._slots.pop(name))
+
+    def _lay_out(self) -> None:
+        """Where each parameter lies in the flat tensors, for this rank's steps and the other ranks."""
+        assert self._owned is not None
+        self._placed, ranges = {}, {}
+        for name, parameter in self.module.trainable():
+            if parameter.requires_grad:
+                flat, within, piece = self._place(parameter)
+                if self._stage == 3:  # without the zeros after the end
+                    start = min(self.rank * (within.stop - within.start), parameter.ds_numel)
+                    length = min(within.stop - within.start, parameter.ds_numel - start)
+                    within, piece = slice(within.start, within.start + length), slice(start, start + length)
+                self._placed.setdefault(flat, []).append((name, within))
+                ranges[name] = (piece.start or 0, piece.stop - (piece.start or 0))
+        self._owned.lay_out(ranges)
 
     def _groups_by_age(self) -> tuple[list[dict[str, Any]], list[int]]:
         """Groups of what trains, and the group of `self.optimizer` that each is of.
@@ -192,8 +260,9 @@ class DeepspeedStrategy:
 
         engine = self._running
         for name, parameter in self.module.trainable():
-            if parameter.requires_grad:
+            if parameter.requires_grad and not self._owned:
                 self._slots[name] = self._slots_of(name, parameter)
+        self._placed = {}
         engine.destroy()
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()

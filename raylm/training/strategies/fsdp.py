@@ -21,10 +21,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from raylm.config.training import FsdpSection
 from raylm.errors import ConfigError
 from raylm.models.blocks import decoder_blocks
+from raylm.training.averages import SLOT
 from raylm.training.batch import Batch
 from raylm.training.module import LossModule
 from raylm.training.state import Piece, collect_state, restore_state
-from raylm.training.strategies.base import BuildOptimizer, rest_optimizer
+from raylm.training.strategies.base import BuildOptimizer, rest_optimizer, take_finite_estimate
+from raylm.training.strategies.owned import OwnedOptimizer, part_of
 
 
 class FsdpStrategy:
@@ -51,7 +53,15 @@ class FsdpStrategy:
             if isinstance(part, FSDPModule):  # sums, not means; gloo has no mean to offer anyway
                 part.set_force_sum_reduction_for_comms(True)
                 part.set_gradient_divide_factor(1.0)
-        self.optimizer = build_optimizer(module.trainable())
+        self.optimizer: Any = build_optimizer(module.trainable())
+        self._owned: OwnedOptimizer | None = None
+        if self.optimizer.takes_whole:  # then `optimizer` has rates, gradients and averages only
+            named = module.trainable()
+            place = torch.device("cpu") if section.cpu_offload else device
+            self._owned = OwnedOptimizer(
+                {name: parameter.shape for name, parameter in named}, build_optimizer, place=place, device=device
+            )
+            self._owned.lay_out({name: (self._start(p), p.to_local().numel()) for name, p in named})
 
     def loss(self, batch: Batch) -> Tensor:
         """See Strategy."""
@@ -80,8 +90,20 @@ class FsdpStrategy:
 
     def optimizer_step(self) -> None:
         """See Strategy."""
-        self.optimizer.step()
+        if self._owned:
+            parts = {
+                name: part_of(parameter.to_local(), parameter.grad.to_local())
+                for name, parameter in self.module.trainable()
+                if parameter.grad is not None
+            }
+            self._owned.step(parts, [group["lr"] for group in self.optimizer.param_groups])
+        else:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def take_estimate(self, num_labels: int) -> None:
+        """See Strategy."""
+        take_finite_estimate(self, num_labels)
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """See Strategy."""
@@ -99,6 +121,8 @@ class FsdpStrategy:
             part.reshard()
         self._require(names)
         rest_optimizer(self.optimizer, self.module.trainable(), keep_state=keep_state)
+        if self._owned:
+            self._owned.rest(names, keep_state=keep_state)
 
     def _require(self, names: frozenset[str]) -> None:
         for name, parameter in self.module.trainable():
@@ -106,12 +130,11 @@ class FsdpStrategy:
 
     def pieces(self) -> dict[str, Piece]:
         """See Strategy. A parameter is cut by rows; what is not is taken from rank 0."""
-        found: dict[str, Piece] = {}
+        found: dict[str, Piece] = self._owned.pieces() if self._owned else {}
         for name, tensor in collect_state(self.module.trainable(), self.optimizer).items():
             shape, start = tuple(tensor.shape), 0
             if isinstance(tensor, DTensor) and tensor.placements[0] == Shard(0):
-                _, (first, *_) = compute_local_shape_and_global_offset(shape, self._mesh, tensor.placements)
-                tensor, start = tensor.to_local(), first * math.prod(shape[1:])
+                tensor, start = tensor.to_local(), self._start(tensor)
             else:
                 tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if self.rank:
@@ -120,9 +143,17 @@ class FsdpStrategy:
                 found[name] = Piece(tensor, start, shape)
         return found
 
+    def _start(self, tensor: Any) -> int:
+        """The number of the first element that this rank holds of a tensor cut by rows."""
+        _, (first, *_) = compute_local_shape_and_global_offset(tensor.shape, self._mesh, tensor.placements)
+        return min(first * math.prod(tensor.shape[1:]), tensor.numel())
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See Strategy."""
-        restore_state(self.module.trainable(), self.optimizer, state, place=self._sharded)
+        only = SLOT if self._owned else None
+        restore_state(self.module.trainable(), self.optimizer, state, place=self._sharded, only=only)
+        if self._owned:
+            self._owned.load(state)
 
     def _sharded(self, value: Tensor, parameter: Any) -> Tensor:
         """This rank's part of a whole tensor: cut as the parameter is, or held whole where it has another shape."""
