@@ -5,8 +5,8 @@
 1. A worker of a run on Ray is killed with SIGKILL; the time until the first step that had not been done before. Then
    the driver; the time from the new call with `training.resume=auto` to that step.
 2. Steps of 4,096 tokens of SmolLM2-135M with a checkpoint after every step, written beside the training and while it
-   waits, against none: the extra wall time a step, over the time of a step. The three take turns in one process; the
-   first round warms up.
+   waits, against none: the extra wall time a step, over the time of a step. The three take turns in one process; a
+   first round of short steps warms up.
 
 The last line of stdout is one JSON object: `kill_to_step_s`, `driver_to_step_s`, `stall_async`, `stall_sync`.
 """
@@ -152,7 +152,7 @@ def _stalls(model: str, tokens: int, steps: int, folder: Path) -> tuple[dict[str
             # Two steps: what the first one's checkpoint takes from the second is counted, and its end is waited for.
             for _ in range(2):
                 number += 1
-                train_step(strategy, batches, max_grad_norm=1.0, precision="fp32", step=number)
+                train_step(strategy, batches if turn else batches[:1], max_grad_norm=1.0, precision="fp32", step=number)
                 if writer is not None:
                     writer.save(strategy.pieces(), CheckpointMeta(number, {}))
             last = time.perf_counter()

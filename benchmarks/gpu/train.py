@@ -11,6 +11,7 @@ line of stdout is one JSON object.
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -50,7 +51,25 @@ def build_model(folder: Path, size: str) -> int:
             parameter.fill_(1.0) if name.endswith("norm.weight") else parameter.normal_(0.0, 0.02)
     model.save_pretrained(folder, max_shard_size="4GB")
     build_tokenizer().save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    del model
+    if torch.cuda.is_available():  # the workers want all of the device
+        torch.cuda.empty_cache()
+    return parameters
+
+
+def check_room(scratch: str, methods: list[str], size: str) -> None:
+    """Ends the program where the disk has no room for the model and the checkpoint at the end of a run."""
+    shape = SIZES[size]
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    parameters = shape["num_hidden_layers"] * (4 * width**2 + 3 * width * inner) + 2 * VOCABULARY * width
+    needed = parameters * (2 + (12 if "full" in methods else 4))  # bf16, and fp32 with AdamW's two moments
+    free = shutil.disk_usage(scratch).free
+    if free < needed:
+        raise SystemExit(
+            f"{scratch} has {free / 2**30:.0f} GiB free, the runs need {needed / 2**30:.0f}: set TMPDIR to a larger "
+            "disk, or take --methods lora or --size 1b."
+        )
 
 
 def build_data(path: Path, rows: int) -> Path:
@@ -126,6 +145,7 @@ def main() -> None:
     if not torch.cuda.is_available() and options.size != "tiny":
         parser.error("there is no GPU here; --size tiny checks the script on CPUs")
     with tempfile.TemporaryDirectory() as scratch:
+        check_room(scratch, options.methods.split(","), options.size)
         model = Path(scratch) / "model"
         parameters = build_model(model, options.size)
         data = build_data(Path(scratch) / "data.jsonl", 20_000 if options.size != "tiny" else 200)

@@ -6,7 +6,7 @@ which on a CPU beats one large masked product (a row of 1,024 tokens holds about
 length). The price is a Python call for each sequence and layer.
 """
 
-import importlib.util
+import importlib.metadata
 import logging
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,26 +25,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionRow:
-    """What an implementation needs. not_on_cpu: why it does not train there; package: import name of its kernels;
-    capability: least compute capability of the GPU."""
+    """What an implementation needs. not_on_cpu: why it does not train there; package: name of the distribution with its
+    kernels; capability: least compute capability of the GPU; half: its kernels multiply bf16 and fp16 only."""
 
     not_on_cpu: str = ""
     package: str = ""
     capability: int = 0
+    half: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What of a model and a step an implementation depends on. supports_flex, supports_flash: transformers runs the
+    model's class with it; dropout: of attention's probabilities; precision: that of a step."""
+
+    supports_flex: bool = True
+    supports_flash: bool = True
+    head_dim: int | None = None
+    dropout: float = 0.0
+    precision: str = "bf16"
 
 
 ATTENTIONS = {
     "segments": AttentionRow(),
     "sdpa": AttentionRow(),
     "eager": AttentionRow(),
-    "flex_attention": AttentionRow(not_on_cpu="PyTorch's FlexAttention has no backward pass on CPUs"),
-    "flash_attention_2": AttentionRow(not_on_cpu="its kernels are for CUDA", package="flash_attn"),
+    "flex_attention": AttentionRow(not_on_cpu="PyTorch's FlexAttention has no backward pass on CPUs", capability=8),
+    "flash_attention_2": AttentionRow(
+        not_on_cpu="its kernels are for CUDA", package="flash-attn", capability=8, half=True
+    ),
     "flash_attention_3": AttentionRow(
-        not_on_cpu="its kernels are for CUDA", package="flash_attn_interface", capability=9
+        not_on_cpu="its kernels are for CUDA", package="flash-attn-3", capability=9, half=True
     ),
 }
 BY_SPEED = ("flash_attention_3", "flash_attention_2", "flex_attention")
 """What `auto` tries on a GPU before `segments`."""
+FLEX_LEAST_HEAD_DIM = 16
+"""Of the kernels that PyTorch 2.13 makes."""
 
 
 def check_attention(name: str, *, on_gpu: bool) -> None:
@@ -56,16 +73,16 @@ def check_attention(name: str, *, on_gpu: bool) -> None:
         )
 
 
-def resolve_attention(name: str, device: torch.device, *, supports_flex: bool = True) -> str:
+def resolve_attention(name: str, device: torch.device, traits: Traits | None = None) -> str:
     """The transformers name of the implementation that `model.attention` asks for.
 
-    supports_flex: the model's class runs FlexAttention. Raises ModelError when what is asked for cannot run, with the
-    reason.
+    Raises ModelError when what is asked for cannot run, with the reason.
     """
+    traits = traits or Traits()
     if name == "auto":
-        name = next((row for row in BY_SPEED if not _missing(row, device, supports_flex)), "segments")
+        name = next((row for row in BY_SPEED if not _missing(row, device, traits)), "segments")
     check_attention(name, on_gpu=device.type == "cuda")
-    missing = _missing(name, device, supports_flex)
+    missing = _missing(name, device, traits)
     if missing:
         raise ModelError(f"model.attention={name}", f"needs {missing}.", "Set model.attention=auto.")
     logger.info("attention: %s", name)
@@ -75,18 +92,33 @@ def resolve_attention(name: str, device: torch.device, *, supports_flex: bool = 
     return name
 
 
-def _missing(name: str, device: torch.device, supports_flex: bool) -> str:
+def _missing(name: str, device: torch.device, traits: Traits) -> str:
     """What an implementation lacks here; empty where it runs."""
-    row = ATTENTIONS[name]
+    row, is_flex = ATTENTIONS[name], name == "flex_attention"
     if row.not_on_cpu and device.type != "cuda":
         return "a CUDA device"
-    if row.package and importlib.util.find_spec(row.package) is None:
+    if row.package and not _is_installed(row.package):
         return f"the package {row.package}"
     if row.capability and torch.cuda.get_device_capability(device)[0] < row.capability:
         return f"a GPU of compute capability {row.capability}.0"
-    if name == "flex_attention" and not supports_flex:
+    if row.half and traits.precision == "fp32":
+        return "steps in bf16 or fp16 (training.precision)"
+    if (is_flex and not traits.supports_flex) or (row.half and not traits.supports_flash):
         return "a model class that transformers runs with it"
+    if is_flex and traits.head_dim is not None and traits.head_dim < FLEX_LEAST_HEAD_DIM:
+        return f"heads of {FLEX_LEAST_HEAD_DIM} dimensions or more"
+    if is_flex and traits.dropout:
+        return "a model without attention dropout"
     return ""
+
+
+def _is_installed(distribution: str) -> bool:
+    """By the distribution: other ones bring modules of the same name."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def packed_arguments(seq_lengths: Tensor, implementation: str, device: torch.device) -> dict[str, Any]:

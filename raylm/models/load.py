@@ -6,7 +6,7 @@ import torch
 
 from raylm.config.sections import ModelSection
 from raylm.errors import ModelError
-from raylm.models.attention import resolve_attention
+from raylm.models.attention import Traits, resolve_attention
 from raylm.models.folder import as_folder, is_adapter
 from raylm.models.rope import max_positions, scale_rope
 
@@ -40,22 +40,43 @@ def check_max_seq_len(section: ModelSection, model_config: Any, max_seq_len: int
         )
 
 
-def load_model(section: ModelSection, device: torch.device) -> Any:
-    """A causal language model in fp32 on `device`, ready for packed rows. Raises ModelError."""
-    model = _load(section, dtype=torch.float32, attn_implementation=attention_of(section, device))
+def load_model(section: ModelSection, device: torch.device, *, precision: str = "fp32") -> Any:
+    """A causal language model in fp32 on `device`, ready for packed rows. precision: that of a step, which says what
+    attention can run. Raises ModelError."""
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}  # without a copy in host memory
+    model = _load(
+        section, dtype=torch.float32, attn_implementation=attention_of(section, device, precision=precision), **place
+    )
     model.config.use_cache = False
     return model.to(device)
 
 
-def attention_of(section: ModelSection, device: torch.device) -> str:
+def attention_of(section: ModelSection, device: torch.device, *, precision: str) -> str:
     """The transformers name of the attention that a model is loaded with. Raises ModelError."""
     if device.type == "cpu":
         return resolve_attention(section.attention, device)
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_config(section)), None)
-    supports_flex = bool(getattr(kind, "_supports_flex_attn", False))
-    return resolve_attention(section.attention, device, supports_flex=supports_flex)
+    config = load_config(section)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    text = config.get_text_config()
+    traits = Traits(
+        supports_flex=bool(getattr(kind, "_supports_flex_attn", False)),
+        supports_flash=bool(getattr(kind, "_supports_flash_attn", False)),
+        head_dim=head_dim(config),
+        dropout=getattr(text, "attention_dropout", None) or getattr(text, "attn_pdrop", None) or 0.0,
+        precision=precision,
+    )
+    return resolve_attention(section.attention, device, traits)
+
+
+def head_dim(model_config: Any) -> int | None:
+    """Dimensions of an attention head; None for a model that does not say."""
+    text = model_config.get_text_config()
+    found = getattr(text, "head_dim", None)
+    if found is None and getattr(text, "num_attention_heads", None):
+        found = text.hidden_size // text.num_attention_heads
+    return found
 
 
 def structure_of(section: ModelSection) -> Any:

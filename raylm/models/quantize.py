@@ -45,7 +45,8 @@ def load_quantized(section: ModelSection, device: torch.device, *, compute_dtype
 
     The host holds its weights as they are stored, one matrix at a time goes to the device. Raises ModelError.
     """
-    model = load_as_stored(section, attn_implementation=attention_of(section, device))
+    precision = "fp32" if compute_dtype == torch.float32 else "bf16"
+    model = load_as_stored(section, attn_implementation=attention_of(section, device, precision=precision))
     model.config.use_cache = False
     quantize_blocks(model, device, compute_dtype=compute_dtype)
     return model.float().to(device)

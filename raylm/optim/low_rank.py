@@ -15,6 +15,9 @@ class _LowRank(torch.optim.Optimizer):
     """Groups with `hidden` set are projected onto `rank` directions of their shorter side, which are drawn anew every
     `interval_steps` steps; the others take torch.optim's AdamW."""
 
+    counts_on_device = True
+    """Fused AdamW reads the count of steps there."""
+
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, **own: Any) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": 0.0, "hidden": False, "betas": betas, "eps": eps, **own})
         # It owns no groups: a step lends it this optimizer's, and its state.

@@ -13,6 +13,9 @@ import torch
 class MuonWithAdamW(torch.optim.Optimizer):
     """Groups with `hidden` set take Muon (arXiv:2502.16982, with the rate scaled to AdamW's), the others AdamW."""
 
+    counts_on_device = True
+    """Fused AdamW reads the count of steps there."""
+
     def __init__(
         self,
         params: Iterable[Any],

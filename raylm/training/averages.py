@@ -89,13 +89,13 @@ class ScheduleFree:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """See Averages. The weights are kept beside, not computed back: training goes on with the same bits."""
+        """See Averages. The weights are kept, in host memory: computed back, training would go on with other bits."""
         kept = []
         with torch.no_grad():
             for _, parameter in self._strategy.module.trainable():
                 iterate = self._strategy.optimizer.state.get(parameter, {}).get(ITERATE)
                 if iterate is not None:
-                    kept.append((parameter, parameter.detach().clone()))
+                    kept.append((parameter, parameter.detach().to("cpu", copy=True)))
                     parameter.copy_(_averaged(parameter, iterate, self._beta))
         try:
             yield

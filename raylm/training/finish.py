@@ -41,7 +41,8 @@ def rebuilt(job: WorkerJob) -> Any:
     holds it, and one of a quantised run only what its weights became."""
     newest = newest_checkpoint(job.run.checkpoints)
     assert newest is not None, "a run ends with a checkpoint"
-    model = prepared(load_model(job.config.model, torch.device("cpu")), job.config)
+    section = job.config.model.model_copy(update={"attention": "auto"})  # that of the run may need a GPU
+    model = prepared(load_model(section, torch.device("cpu")), job.config)
     state = AveragedState(open_state(newest, read_meta(newest)), beta=averaging_beta(job.config.optimizer))
     restore_weights(LossModule(model).trainable(), state)
     return model
@@ -53,5 +54,5 @@ def export(job: WorkerJob, model: Any, tokenizer: Any, end_token: str | None) ->
     if config.method.adapter:
         export_adapter(model, tokenizer, job.run.adapter)
     if config.method.merges:
-        model = merged(model)
+        model = merged(model.cpu())  # beside the copy there may be no room on the device
     export_model(model, tokenizer, job.run.export, dtype=dtype, end_token=end_token)

@@ -90,8 +90,8 @@ def flops_per_token(found: Matrices) -> int:
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB: resident on the host; on a GPU what tensors take now and took at most, and what
-    the allocator has reserved."""
+    """Memory of this process in GiB: resident on the host; on a GPU what tensors take now and took at most since the
+    last call, and what the allocator has reserved."""
     import psutil
 
     figures = {"host_gib": psutil.Process().memory_info().rss / 2**30}
@@ -99,6 +99,7 @@ def memory_gib(device: torch.device) -> dict[str, float]:
         figures["device_allocated_gib"] = torch.cuda.memory_allocated(device) / 2**30
         figures["device_peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         figures["device_reserved_gib"] = torch.cuda.memory_reserved(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
     return figures
 
 
@@ -108,5 +109,11 @@ def _wait(device: torch.device) -> None:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """The autocast context of a precision; none for fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+    """The autocast context of a precision; none for fp32.
+
+    Without autocast's cache: it would keep a copy of every trainable weight in that type until the end of the forward
+    pass, of gathered ones too. A weight is used once in a pass, so there is nothing to win by it.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)

@@ -106,7 +106,7 @@ class WorkerHooks:
         self._checkpoints.check()
         if self._profiler is not None:
             self._profiler.step_done(result.step)
-        if self._averages:
+        if self._averages and math.isfinite(result.grad_norm):  # else the step was passed over
             self._averages.update()
         if self._writer is None or not self._logged(result.step):
             return

@@ -23,7 +23,7 @@ def next_token_loss(
 
     hidden: (tokens, hidden_size), already aligned with labels; weight: (vocab_size, hidden_size); bias: (vocab_size,).
     labels: (tokens,) int64, IGNORE_INDEX where there is no loss. Gradients are computed together with the loss,
-    chunk_tokens positions at a time: no logits are kept, and peak memory is chunk_tokens x vocab_size x 4 bytes.
+    chunk_tokens positions at a time: no logits are kept, and peak memory is chunk_tokens x vocab_size x 8 bytes.
     label_smoothing: share of each target that is spread evenly over the vocabulary (arXiv:1512.00567, section 7).
     z_loss: times the squared log of the softmax's normaliser is added to each position's loss (arXiv:2204.02311,
     section 5). dtype: of the products; default: autocast's, or that of hidden. Loss and softmax are fp32. Returns a 0-d
@@ -33,7 +33,7 @@ def next_token_loss(
     device = hidden.device.type
     if dtype is None:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    options = (chunk_tokens, dtype, label_smoothing, z_loss)
+    options = (torch.is_grad_enabled(), chunk_tokens, dtype, label_smoothing, z_loss)
     loss: Tensor = _FusedLoss.apply(hidden.index_select(0, carries), weight, bias, labels[carries], *options)
     return loss
 
@@ -72,12 +72,14 @@ class _FusedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
+        differentiated: bool,
         chunk: int,
         dtype: torch.dtype,
         smoothing: float,
         z_loss: float,
     ) -> Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        # Under no_grad, needs_input_grad says yes for whatever requires a gradient.
+        need_hidden, need_weight, need_bias = (need and differentiated for need in ctx.needs_input_grad[:3])
         states, head = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(states) if need_hidden else None
@@ -127,4 +129,4 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = tuple(None if grad is None else grad.mul_(grad_output) for grad in ctx.grads)
         ctx.grads = None
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)

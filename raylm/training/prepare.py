@@ -24,7 +24,7 @@ def load_base(config: TrainConfig, device: torch.device, precision: str) -> Any:
     if config.method.quantized:
         model = load_quantized(config.model, device, compute_dtype=DTYPES[precision])
     else:
-        model = load_model(config.model, device)
+        model = load_model(config.model, device, precision=precision)
     return use_liger(model) if config.model.kernels == "liger" else model
 
 
@@ -76,6 +76,8 @@ def compile_blocks(model: Any) -> None:
     Names, hooks and what wraps a block stay outside of what is compiled. Attention one sequence at a time is run as it
     is: its number of products is that of the sequences (models/attention.py).
     """
+    # DDP would cut a block's graph at its buckets, which only it can be without.
+    torch._dynamo.config.optimize_ddp = False
     for block in decoder_blocks(model):
         block.forward = torch.compile(block.forward, dynamic=True)
 

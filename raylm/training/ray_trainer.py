@@ -83,14 +83,17 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
             resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
             elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
-        torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
+        torch_config=TorchConfig(backend=_backend(config, resources)),
         datasets={"train": _StreamFactory(job, data)},
         dataset_config=_data_config(),
         run_config=RunConfig(
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(job.run.ray),
             # Threads that wait give their core away: spinning ones slow a shared machine down many times over.
-            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+            # Packed rows differ in length: without expandable segments a GPU's memory goes to pieces.
+            worker_runtime_env={
+                "env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+            },
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
         ),
     )
@@ -140,6 +143,13 @@ def _data_config() -> Any:
     return InTurn()
 
 
+def _backend(config: TrainConfig, resources: Resources) -> str:
+    """The process group's. Offloaded gradients of FSDP lie in host memory, and their norm is a collective there."""
+    if not resources.use_gpu:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if config.strategy == "fsdp" and config.fsdp_or_default.cpu_offload else "nccl"
+
+
 def _train_function(settings: dict[str, Any]) -> None:
     """The entry of a Ray Train worker: turns Ray's context into plain values.
 
@@ -161,8 +171,8 @@ def _train_function(settings: dict[str, Any]) -> None:
             device = ray.train.torch.get_device()
         else:
             device = torch.device("cpu")
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
             keep_freed_memory()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         rank, world_size = context.get_world_rank(), context.get_world_size()
         data = WorkerData(
             train=lambda: micro_batches(ray.train.get_dataset_shard("train"), job.config.training.micro_batch_size),

@@ -65,11 +65,21 @@ def restore_state(
     """
     restore_weights(trainable, state, place=place)
     slots = optimizer_slots(state)
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    counts_on_device = getattr(optimizer, "counts_on_device", fused)
+
+    def at_home(value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Where the optimizer would have put it: counts are read on the host, but by fused kernels; what belongs to a
+        parameter that rests is parked there."""
+        if value.ndim:
+            placed = place(value, parameter)
+            return placed.clone() if parameter.requires_grad else placed.to("cpu", copy=True)
+        return value.to(parameter.device if counts_on_device else "cpu", copy=True)
+
     for name, parameter in trainable:
         if name in slots:
-            # Counters stay where the optimizer put them (fused AdamW wants its step beside the parameter).
             optimizer.state[parameter] = {
-                slot: place(state[key], parameter).clone() for slot, key in slots[name].items() if only in (None, slot)
+                slot: at_home(state[key], parameter) for slot, key in slots[name].items() if only in (None, slot)
             }
 
 

@@ -11,6 +11,7 @@ import torch
 from raylm.config import TrainConfig
 from raylm.config.deepspeed import deepspeed_config
 from raylm.data.stream import MicroBatch
+from raylm.models.load import head_dim
 from raylm.optim.build import averaging_beta, build_optimizer
 from raylm.training.averages import Averages, Ema, ScheduleFree
 from raylm.training.batch import Batch, empty_batch, to_batch
@@ -58,7 +59,7 @@ def run_worker(
     tokenizer, end_token = tokenizer_and_end(config)
     module = LossModule(prepared(model, config), config.loss)
     isolated = config.data.packing or config.training.micro_batch_size > 1
-    check_model(module, config.model.path, packing=isolated)
+    check_model(module, config.model.path, packing=isolated, precision=precision)
     if events:
         sizes = [parameter.numel() for parameter in module.parameters()]
         trained = sum(parameter.numel() for _, parameter in module.trainable())
@@ -70,9 +71,13 @@ def run_worker(
         _strategy_section(config, model, world_size),
     )
     parts = [part for part in (scaler,) if part]
-    start_step = _restore(job, strategy, parts) if job.start_from else 0
-    averages = _averages(config, strategy)
+    start_step = read_meta(job.start_from).step if job.start_from else 0
     switch = _switching(config, strategy, start_step) if config.training.method == "lisa" else None
+    if switch:
+        switch(start_step)  # what rests need not be brought to the device
+    if job.start_from:
+        _restore(job, strategy, parts)
+    averages = _averages(config, strategy)
     hooks = WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts, averages, switch)
     try:
         stop = run_loop(
@@ -151,15 +156,6 @@ def steps_of(
         yield [*(to_batch(batch) for batch in found), *(empty_batch() for _ in range(passes - own))]
 
 
-def head_dim(model_config: Any) -> int | None:
-    """Rows of an attention head's queries; None for a model that does not say."""
-    text = model_config.get_text_config()
-    found = getattr(text, "head_dim", None)
-    if found is None and getattr(text, "num_attention_heads", None):
-        found = text.hidden_size // text.num_attention_heads
-    return found
-
-
 def _strategy_section(config: TrainConfig, model: Any, world_size: int) -> Any:
     if config.strategy == "deepspeed":
         hidden_size = model.config.get_text_config().hidden_size
@@ -167,7 +163,7 @@ def _strategy_section(config: TrainConfig, model: Any, world_size: int) -> Any:
     return config.fsdp_or_default if config.strategy == "fsdp" else None
 
 
-def _restore(job: WorkerJob, strategy: Strategy, parts: Sequence[Any]) -> int:
+def _restore(job: WorkerJob, strategy: Strategy, parts: Sequence[Any]) -> None:
     assert job.start_from is not None
     meta = read_meta(job.start_from)
     check_identity(job.start_from, meta, job.identity)
@@ -175,4 +171,3 @@ def _restore(job: WorkerJob, strategy: Strategy, parts: Sequence[Any]) -> int:
     strategy.load_state(state)
     for part in parts:
         part.load_state(state)
-    return meta.step

@@ -6,7 +6,14 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
 from raylm.errors import ModelError
-from raylm.models.attention import SEGMENTS, check_attention, packed_arguments, resolve_attention, segments_attention
+from raylm.models.attention import (
+    SEGMENTS,
+    Traits,
+    check_attention,
+    packed_arguments,
+    resolve_attention,
+    segments_attention,
+)
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -88,12 +95,55 @@ def test_the_choice_of_auto_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "attention: segments" in caplog.text
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where flash-attn is not installed
-    with pytest.raises(ModelError, match=r"flash_attention_2: needs the package flash_attn\."):
-        resolve_attention("flash_attention_2", torch.device("cuda"))
-    assert resolve_attention("auto", torch.device("cuda")) == "flex_attention"
-    assert resolve_attention("auto", torch.device("cuda"), supports_flex=False) == SEGMENTS
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """What the choice asks of one: an A100's compute capability."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    return torch.device("cuda")
+
+
+def test_a_missing_package_is_named(a_gpu: torch.device) -> None:
+    """flash-attn is in no lock of the tests."""
+    with pytest.raises(ModelError, match=r"flash_attention_2: needs the package flash-attn\."):
+        resolve_attention("flash_attention_2", a_gpu)
+    assert resolve_attention("auto", a_gpu) == "flex_attention"
+
+
+@pytest.mark.parametrize(
+    ("traits", "reason"),
+    [
+        (Traits(supports_flex=False), "a model class that transformers runs with it"),
+        (Traits(head_dim=8), "heads of 16 dimensions or more"),
+        (Traits(dropout=0.1), "a model without attention dropout"),
+    ],
+)
+def test_auto_passes_over_what_would_fail_in_a_step(traits: Traits, reason: str, a_gpu: torch.device) -> None:
+    assert resolve_attention("auto", a_gpu, traits) == SEGMENTS
+    with pytest.raises(ModelError, match=f"flex_attention: needs {reason}"):
+        resolve_attention("flex_attention", a_gpu, traits)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "traits", "chosen"),
+    [
+        ("flash_attention_2", (8, 0), Traits(), "flash_attention_2"),
+        ("flash_attention_2", (8, 0), Traits(precision="fp32"), "flex_attention"),
+        ("flash_attention_2", (8, 0), Traits(supports_flash=False), "flex_attention"),
+        ("flash_attention_3", (8, 0), Traits(), "flash_attention_2"),
+        ("flash_attention_3", (9, 0), Traits(), "flash_attention_3"),
+        ("flash_attention_2", (7, 5), Traits(), SEGMENTS),
+    ],
+)
+def test_auto_by_gpu_and_precision(
+    name: str, capability: tuple[int, int], traits: Traits, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where both of flash-attention's packages are installed."""
+    monkeypatch.setattr("importlib.metadata.version", lambda distribution: "9.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert resolve_attention("auto", torch.device("cuda"), traits) == chosen
+    if chosen != name:
+        with pytest.raises(ModelError, match=f"{name}: needs "):
+            resolve_attention(name, torch.device("cuda"), traits)
 
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", SEGMENTS])

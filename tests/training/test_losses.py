@@ -61,6 +61,15 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     assert hidden.grad is not None
 
 
+def test_nothing_is_computed_for_gradients_that_nobody_asks_for() -> None:
+    hidden, weight = torch.randn(4, 8), torch.randn(16, 8, requires_grad=True)
+    labels = torch.tensor([1, 2, 3, 4])
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        quiet = next_token_loss(hidden, weight, None, labels)
+    assert "aten::addmm_" not in {event.name for event in seen.events()}
+    assert quiet.item() == next_token_loss(hidden, weight, None, labels).item()
+
+
 def test_autocast_computes_in_bf16_close_to_fp32() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(32, 64, requires_grad=True), torch.randn(100, 64, requires_grad=True)

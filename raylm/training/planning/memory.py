@@ -56,7 +56,7 @@ _DEFAULTS = {"reshard_after_forward": True, "cpu_offload": False, "offload_optim
 _ZERO: dict[str, Any] = {"strategy": "deepspeed", "buckets": True}
 LAYOUTS = (
     Layout(strategy="single", whole_gradients=True),
-    Layout(strategy="ddp", whole_gradients=True, copies=1),
+    Layout(strategy="ddp", whole_gradients=True),
     Layout(strategy="fsdp", section={"reshard_after_forward": True, "cpu_offload": False}, cut="wgo", gathers="block"),
     Layout(strategy="fsdp", section={"reshard_after_forward": False, "cpu_offload": False}, cut="wgo", gathers="all"),
     Layout(

@@ -2,8 +2,7 @@
 
 The module that is trained runs forward and backward on meta tensors, which have shapes but no memory, and every storage
 that an operator makes is counted from its making to its last use. No formula of a block's activations is needed, so any
-architecture, method and gradient checkpointing is counted as it is. What a kernel allocates for itself is not seen; the
-only large case in a step, logsumexp over the vocabulary, is added.
+architecture, method and gradient checkpointing is counted as it is. What a kernel allocates for itself is not seen.
 """
 
 import weakref
@@ -74,12 +73,11 @@ def trace_micro_batch(
     module.train()
     batch = _batch(tokens, sequences, loss_tokens)
     try:
-        with _Operators(loss_tokens, dtype) as operators, live:
+        with _Operators(loss_tokens, dtype), live:
             hidden = module.hidden(causal, batch)
             activations, in_forward, live.peak = live.now, live.peak, live.now
             loss = module.loss_of(hidden, *output_layer(causal), batch.labels, dtype)
             in_loss, live.peak = live.peak, max(live.peak, in_forward)
-            operators.cast.clear()
             del hidden
             _backward(loss)
             del loss
@@ -119,22 +117,17 @@ class _Live(TorchDispatchMode):
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and leaf.device == META:
                 self.count(leaf)
-        if func is torch.ops.aten.logsumexp.default:  # computes exp(x - max) into a tensor of its own
-            self.peak = max(self.peak, self.now + args[0].untyped_storage().nbytes())
         return made
 
 
 class _Operators(TorchFunctionMode):
     """What meta tensors lack: attention has the memory of the fused kernels (PyTorch would take the one that keeps a
     probability for each pair), products are in the dtype that autocast gives them, and labels have their number.
-
-    cast: weights in that dtype, which autocast keeps for the length of a forward pass.
     """
 
     def __init__(self, loss_tokens: int, dtype: torch.dtype) -> None:
         super().__init__()
         self._loss_tokens, self._dtype = loss_tokens, dtype
-        self.cast: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.nonzero and args[0].device == META:
@@ -146,13 +139,7 @@ class _Operators(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _in_dtype(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            return value
-        if not (value.is_leaf and value.requires_grad):
-            return value.to(self._dtype)
-        if id(value) not in self.cast:
-            self.cast[id(value)] = value.to(self._dtype)
-        return self.cast[id(value)]
+        return value.to(self._dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
 class _Attention(torch.autograd.Function):

@@ -89,7 +89,8 @@ def rest_optimizer(optimizer: Any, trainable: Sequence[tuple[str, nn.Parameter]]
         slots = optimizer.state.get(parameter)
         if keep_state and slots:
             optimizer.state[parameter] = {
-                key: value.to(place) if isinstance(value, Tensor) else value for key, value in slots.items()
+                key: value.to(place) if isinstance(value, Tensor) and value.ndim else value
+                for key, value in slots.items()
             }
 
 

@@ -162,7 +162,7 @@ class DeepspeedStrategy:
             partitioned = self._stage in (1, 2) and self._running is not None and parameter.requires_grad
             flat, within, piece = self._place(parameter) if partitioned else (None, slice(0), slice(0))
             live = self._running.optimizer.optimizer.state.get(flat, {}) if partitioned else {}
-            for slot, value in (live if partitioned else self._slots_of(name, parameter)).items():
+            for slot, value in (live if partitioned else self._slots_of(name, parameter, copied=False)).items():
                 key = f"optimizer/{name}/{slot}"
                 if not value.ndim:
                     if self.rank == 0:
@@ -206,10 +206,12 @@ class DeepspeedStrategy:
         else:
             optimizer = self._build([(name, p) for name, p in self.module.trainable() if p.requires_grad])
             optimizer.param_groups[:] = groups
+        zero = {**self._config["zero_optimization"]}
+        for part in ("offload_optimizer", "offload_param"):
+            if part in zero:  # copies from pageable memory hold the GPU up
+                zero[part] = {"pin_memory": self.device.type == "cuda", **zero[part]}
         self._running, *_ = deepspeed.initialize(
-            model=_Wrapped(self.module),
-            optimizer=optimizer,
-            config={**self._config, "zero_optimization": {**self._config["zero_optimization"]}},
+            model=_Wrapped(self.module), optimizer=optimizer, config={**self._config, "zero_optimization": zero}
         )
         if self._stage == 3:
             _step_in_place(self._running.optimizer)
@@ -280,18 +282,20 @@ class DeepspeedStrategy:
         del engine
         gc.collect()  # engines hang in cycles
 
-    def _slots_of(self, name: str, parameter: nn.Parameter) -> Slots:
-        """A copy, in host memory, of what there is for a parameter on this rank."""
+    def _slots_of(self, name: str, parameter: nn.Parameter, *, copied: bool = True) -> Slots:
+        """What there is for a parameter on this rank. copied: in host memory, for when the engine is gone; else, but
+        for stages 1 and 2, what the engine changes."""
         if self._running is None or not parameter.requires_grad:
             return self._slots.get(name, {})
         if self._stage == 0:
             live = self._running.optimizer.state.get(parameter, {})
-            return {key: value.to("cpu", copy=True) for key, value in live.items()}
+            return {key: value.to("cpu", copy=True) if copied else value for key, value in live.items()}
         flat, within, piece = self._place(parameter)
         slots = {}
         for key, value in self._running.optimizer.optimizer.state.get(flat, {}).items():
             if value.ndim == 0 or self._stage == 3:
-                slots[key] = (value[within] if value.ndim else value).to("cpu", copy=True)
+                own = value[within] if value.ndim else value
+                slots[key] = own.to("cpu", copy=True) if copied else own
             else:
                 whole = torch.zeros(parameter.numel(), device=self.device)
                 whole[piece] = value[within].to(self.device)
@@ -350,7 +354,7 @@ class _Wrapped(nn.Module):
         self.loss = module
 
     def forward(self, batch: Batch, dtype: torch.dtype | None) -> Tensor:
-        with torch.autocast(batch.input_ids.device.type, dtype) if dtype else nullcontext():
+        with torch.autocast(batch.input_ids.device.type, dtype, cache_enabled=False) if dtype else nullcontext():
             loss: Tensor = self.loss(batch)
         return loss
 
@@ -367,7 +371,7 @@ def _step_in_place(zero: Any) -> None:
 
 def _deepspeed(device: torch.device) -> Any:
     """DeepSpeed on the process group there is."""
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # which DeepSpeed makes the current device
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
     # What it calls of torch is deprecated since 2.13; drop this with the first release that calls the new names.

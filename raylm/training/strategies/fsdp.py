@@ -114,10 +114,9 @@ class FsdpStrategy:
     def train_only(self, names: frozenset[str], *, keep_state: bool) -> None:
         """See Strategy. FSDP has two parameters of each name, gathered and sharded: both learn of it."""
         parts = [part for part in self.module.modules() if isinstance(part, FSDPModule)]
-        for part in parts:
+        for part in parts:  # one after the other: all gathered at once would be the whole model
             part.unshard()
-        self._require(names)
-        for part in parts:
+            self._require(names)
             part.reshard()
         self._require(names)
         rest_optimizer(self.optimizer, self.module.trainable(), keep_state=keep_state)
@@ -158,6 +157,7 @@ class FsdpStrategy:
     def _sharded(self, value: Tensor, parameter: Any) -> Tensor:
         """This rank's part of a whole tensor: cut as the parameter is, or held whole where it has another shape."""
         if value.ndim == 0:
-            return value.to(self.device)
+            return value.to(parameter.device)
         placements = parameter.placements if value.shape == parameter.shape else [Replicate()]
-        return distribute_tensor(value.to(parameter.device), self._mesh, placements, src_data_rank=None)
+        # distribute_tensor moves to the mesh's device; what is offloaded lies in host memory.
+        return distribute_tensor(value, self._mesh, placements, src_data_rank=None).to(parameter.device)
