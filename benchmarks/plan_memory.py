@@ -145,7 +145,7 @@ def _work(options: argparse.Namespace) -> None:
         worker._strategy_section(config, model, world),
     )
     if config.training.method == "lisa":
-        worker._switching(config, strategy, 0)(0)
+        worker._switching(config, strategy)(0)
     held = 0
     update = strategy.optimizer_step
 
