@@ -4,8 +4,10 @@
 
 Weights and gradients are random and shared by the two, which step in turn; nothing is downloaded. The library has the
 same groups and options as the row; where the table has a file of its own, the peer is what it stands for. Medians over
-rounds, after a first step apart. Left out unless named: SOAP and GaLore, whose first step decomposes every matrix, Muon,
-whose library multiplies in bfloat16 on every CPU (try them with few --layers), and paged forms. The last line of stdout is one JSON object; `ratio` is the library's time over raylm's.
+rounds, after a first step apart. Left out unless named, with few --layers: SOAP and GaLore, whose first step decomposes
+every matrix, Muon, whose library multiplies in bfloat16 on every CPU, and paged forms.
+
+The last line of stdout is one JSON object; `ratio` is the library's time over raylm's.
 """
 
 import argparse

@@ -26,7 +26,7 @@ CELLS = {**STRATEGIES, "lisa": (*STRATEGIES["fsdp 2"], *LISA)}
 """The columns of the matrix. LISA on two ranks of FSDP is held against LISA in one process."""
 
 
-RATE_SHARES = {"soap": 0.1}
+RATE_SHARES = {"soap": 0.03}
 """SOAP has no basis of its own in directions that no gradient had so far: rounding chooses one, and gradients that were
 summed in another order choose another, with ddp as with the rest."""
 
