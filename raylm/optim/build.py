@@ -114,5 +114,9 @@ def _factory(row: OptimizerRow) -> Any:
         if error.name != "bitsandbytes":
             raise
         raise ConfigError(
-            "optimizer.name", "needs the package bitsandbytes.", "pip install 'raylm[quantization]'."
+            "optimizer.name", f"{_name_of(row)} needs the package bitsandbytes.", "pip install 'raylm[quantization]'."
         ) from None
+
+
+def _name_of(row: OptimizerRow) -> str:
+    return next(name for name, known in OPTIMIZERS.items() if known is row)

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,13 @@ def test_unknown_optimizers_and_options_name_the_nearest() -> None:
         check_optimizer(OptimizerSection(name="adamv"))
     with pytest.raises(ConfigError, match=r"adamw has no option beta\. Nearest: betas"):
         check_optimizer(OptimizerSection(options={"beta": 0.9}))
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "raylm.optim.eight_bit", raising=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"adamw_8bit needs the package bitsandbytes\. pip install 'raylm\[quant"):
+        check_optimizer(OptimizerSection(name="adamw_8bit"))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -63,6 +63,11 @@ def test_few_are_refused(tiny_model_dir: Path) -> None:
     assert not {name for name, _ in refused} & set(REFUSED_NOWHERE)
 
 
+def test_paged_forms_are_refused_with_lisa(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"keeps the pages.*Set optimizer\.name=lion_8bit"):
+        check_optimizer_use(config_of(tiny_model_dir, "paged_lion_8bit", LISA))
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_model_dir: Path) -> Callable[..., dict[str, list[float]]]:
     """Losses in one process, by settings."""
