@@ -111,7 +111,7 @@ def _factory(row: OptimizerRow) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if error.name != "bitsandbytes":
+        if (error.name or "").partition(".")[0] != "bitsandbytes":
             raise
         raise ConfigError(
             "optimizer.name", f"{_name_of(row)} needs the package bitsandbytes.", "pip install 'raylm[quantization]'."

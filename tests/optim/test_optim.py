@@ -68,7 +68,7 @@ def test_unknown_optimizers_and_options_name_the_nearest() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "raylm.optim.eight_bit", raising=False)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match=r"adamw_8bit needs the package bitsandbytes\. pip install 'raylm\[quant"):
         check_optimizer(OptimizerSection(name="adamw_8bit"))
 
