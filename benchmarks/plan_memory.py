@@ -115,9 +115,9 @@ def _work(options: argparse.Namespace) -> None:
         dist.init_process_group("gloo", store=store, rank=options.rank, world_size=world)
         dist.all_reduce(torch.zeros(8))
     if config.strategy == "deepspeed":
-        from raylm.training.strategies.deepspeed import _deepspeed
+        from raylm.training.strategies.deepspeed_engine import deepspeed_on
 
-        _deepspeed(torch.device("cpu"))
+        deepspeed_on(torch.device("cpu"))
     if config.training.method == "lora":
         import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -145,7 +145,7 @@ def _work(options: argparse.Namespace) -> None:
         worker._strategy_section(config, model, world),
     )
     if config.training.method == "lisa":
-        worker._switching(config, strategy)(0)
+        worker._switching(config, strategy, 0)(0)
     held = 0
     update = strategy.optimizer_step
 

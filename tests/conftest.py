@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write tables that slow tests measure into docs/")
+    parser.addoption("--optimizers", help="rows of the matrix of optimizers, with commas between; all by default")
 
 
 @pytest.fixture(scope="session")

@@ -111,8 +111,12 @@ def _factory(row: OptimizerRow) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
-        if error.name != "bitsandbytes":
+        if (error.name or "").partition(".")[0] != "bitsandbytes":
             raise
         raise ConfigError(
-            "optimizer.name", "needs the package bitsandbytes.", "pip install 'raylm[quantization]'."
+            "optimizer.name", f"{_name_of(row)} needs the package bitsandbytes.", "pip install 'raylm[quantization]'."
         ) from None
+
+
+def _name_of(row: OptimizerRow) -> str:
+    return next(name for name, known in OPTIMIZERS.items() if known is row)

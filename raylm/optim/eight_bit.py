@@ -48,7 +48,7 @@ class _EightBit:
         return buffer
 
 
-class AdamW(_EightBit, AdamW8bit):  # type: ignore[misc]
+class AdamW(_EightBit, AdamW8bit):
     """arXiv:1711.05101, Algorithm 2, in 8 bits."""
 
     def __init__(
@@ -64,7 +64,7 @@ class AdamW(_EightBit, AdamW8bit):  # type: ignore[misc]
     _paged = False
 
 
-class Lion(_EightBit, Lion8bit):  # type: ignore[misc]
+class Lion(_EightBit, Lion8bit):
     """arXiv:2302.06675, Algorithm 2, in 8 bits."""
 
     def __init__(

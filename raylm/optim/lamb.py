@@ -36,9 +36,27 @@ class Lamb(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
             # Together on a GPU, where launches cost most; one after the other elsewhere: no second set of updates.
-            together = any(parameter.is_cuda for parameter in parameters)
-            for batch in [parameters] if together else [[parameter] for parameter in parameters]:
-                self._update(group, batch)
+            if any(parameter.is_cuda for parameter in parameters):
+                self._update(group, parameters)
+            else:
+                for parameter in parameters:
+                    self._update_one(group, parameter, parameter.grad)
+
+    def _update_one(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        """The same in fewer passes over memory and with one tensor of the weight's size besides."""
+        (beta1, beta2), decay, count = group["betas"], group["weight_decay"], group["step"]
+        state = self.state[parameter]
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        correction = 1 - beta1**count
+        update = second.sqrt().mul_(correction / (1 - beta2**count) ** 0.5).add_(group["eps"] * correction)
+        torch.div(first, update, out=update)
+        if decay:
+            update.add_(parameter, alpha=decay)
+        length, pace = float(parameter.norm()), float(update.norm())
+        ratio = length / pace if length > 0 and pace > 0 else 1.0
+        parameter.add_(update, alpha=-group["lr"] * ratio)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         (beta1, beta2), decay, count = group["betas"], group["weight_decay"], group["step"]

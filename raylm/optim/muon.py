@@ -1,13 +1,18 @@
 """Muon for the matrices inside decoder blocks, AdamW for the rest: embedding, output layer, norms, biases.
 
-Both are torch.optim's. Muon's momentum there is an average (lerp), not a sum: only the scale differs, which the
-orthogonalisation takes out, but for its eps. It orthogonalises in bfloat16, as its author does.
+torch.optim's Muon orthogonalises in bfloat16, as its author does. A CPU that has no products of bfloat16 takes several
+times as long for them as for those of fp32, so there the weight's own precision is used. Momentum is an average, not a
+sum, as in torch.optim: only the scale differs, which the orthogonalisation takes out, but for its eps.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_EPS = 1e-7
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -24,27 +29,55 @@ class MuonWithAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
-        adjust_lr_fn: str = "match_rms_adamw",
+        adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
         """momentum … adjust_lr_fn: Muon's; betas, eps: AdamW's."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "hidden": False})
-        # They own no groups: a step lends them this optimizer's, and its state.
-        unused = [torch.zeros(1, 1)]
-        self._inner = {
-            True: torch.optim.Muon(
-                unused, momentum=momentum, nesterov=nesterov, ns_steps=int(ns_steps), adjust_lr_fn=adjust_lr_fn
-            ),
-            False: torch.optim.AdamW(unused, betas=betas, eps=eps, fused=True),
-        }
+        self._momentum, self._nesterov, self._steps = momentum, nesterov, int(ns_steps)
+        self._matches_adamw = adjust_lr_fn == "match_rms_adamw"
+        # It owns no groups: a step lends it this optimizer's, and its state.
+        self._adamw = torch.optim.AdamW([torch.zeros(1)], betas=betas, eps=eps, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step."""
-        for hidden, inner in self._inner.items():
-            inner.param_groups = [
-                {**inner.defaults, **group} for group in self.param_groups if group["hidden"] == hidden
-            ]
-            inner.state = self.state
-            inner.step()
+        self._adamw.param_groups = [
+            {**self._adamw.defaults, **group} for group in self.param_groups if not group["hidden"]
+        ]
+        self._adamw.state = self.state
+        self._adamw.step()
+        for group in self.param_groups:
+            for parameter in group["params"] if group["hidden"] else ():
+                if parameter.grad is not None:
+                    self._step_matrix(group, parameter, parameter.grad)
+
+    def _step_matrix(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - self._momentum)
+        update = gradient.lerp(buffer, self._momentum) if self._nesterov else buffer
+        rows, columns = parameter.shape
+        scale = 0.2 * max(rows, columns) ** 0.5 if self._matches_adamw else max(1.0, rows / columns) ** 0.5
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(orthogonal(update, self._steps), alpha=-group["lr"] * scale)
+
+
+def orthogonal(matrix: Tensor, steps: int) -> Tensor:
+    """Nearly the nearest matrix with orthonormal rows or columns, by Newton and Schulz's iteration."""
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda or _has_bfloat16() else matrix.dtype)
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=_EPS)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def _has_bfloat16() -> bool:
+    """Whether this CPU multiplies it in hardware."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

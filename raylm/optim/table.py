@@ -182,9 +182,9 @@ OPTIMIZERS = {
         state_low_rank=2,
         whole="projections of the gradient, its channels' and its update's norms",
         hidden_apart=True,
-        note="ours: pytorch-optimizer 4.1.0 projects the scaled gradient and back, in the paper the whole one is scaled. "
-        "Matrices inside decoder blocks; the rest takes AdamW (2 floats). APOLLO-Mini: rank=1, scale_type=tensor, "
-        "scale=11.3.",
+        note="ours: pytorch-optimizer 4.1.0 projects the scaled gradient and back; in the paper the whole one is "
+        "scaled. Matrices inside decoder blocks; the rest takes AdamW (2 floats). APOLLO-Mini: rank=1, "
+        "scale_type=tensor, scale=11.3.",
     ),
     "came": OptimizerRow(
         factory="pytorch_optimizer:CAME",
@@ -205,8 +205,8 @@ OPTIMIZERS = {
         state_low_rank=2,
         whole="singular vectors of the gradient",
         hidden_apart=True,
-        note="ours: pytorch-optimizer 4.1.0 keeps the projection where no checkpoint can hold it, and draws it anew one "
-        "step early. Matrices inside decoder blocks; the rest takes AdamW (2 floats).",
+        note="ours: pytorch-optimizer 4.1.0 keeps the projection where no checkpoint can hold it, and makes it anew "
+        "one step early. Matrices inside decoder blocks; the rest takes AdamW (2 floats).",
     ),
     "lamb": OptimizerRow(
         factory="raylm.optim.lamb:Lamb",
@@ -253,8 +253,9 @@ OPTIMIZERS = {
         state_full=1,
         whole="the matrix, which is orthogonalised",
         hidden_apart=True,
-        note="matrices inside decoder blocks; embedding, output layer, norms and biases take AdamW (2 floats) at the "
-        "same rate. Both are torch.optim's.",
+        note="matrices inside decoder blocks; embedding, output layer, norms and biases take torch.optim's AdamW "
+        "(2 floats) at the same rate. ours: torch.optim's orthogonalises in bfloat16, for which CPUs without products "
+        "of it take many times as long.",
     ),
     "nadam": OptimizerRow(
         factory="torch.optim:NAdam",

@@ -72,9 +72,9 @@ def run_worker(
     )
     parts = [part for part in (scaler,) if part]
     start_step = read_meta(job.start_from).step if job.start_from else 0
-    switch = _switching(config, strategy) if config.training.method == "lisa" else None
+    switch = _switching(config, strategy, start_step) if config.training.method == "lisa" else None
     if switch:
-        switch(start_step)  # what rests need not be brought to the device
+        switch(start_step)  # so that what rests is not brought to the device; the first step frees it
     if job.start_from:
         _restore(job, strategy, parts)
     averages = _averages(config, strategy)
@@ -122,17 +122,14 @@ def _averages(config: TrainConfig, strategy: Strategy) -> Averages | None:
     return None if beta is None else ScheduleFree(strategy, beta)
 
 
-def _switching(config: TrainConfig, strategy: Strategy) -> Callable[[int], None]:
+def _switching(config: TrainConfig, strategy: Strategy, start_step: int) -> Callable[[int], None]:
     """What LISA does before a step; the first one of a run may lie within an interval."""
     section, module = config.lisa_or_default, strategy.module
     lisa = Lisa(section, module.model, module.trainable(), seed=config.run.seed)
-    trained = -1
 
     def switch(step: int) -> None:
-        nonlocal trained
-        interval = lisa.interval_of(step)
-        if interval != trained:
-            trained = interval
+        if step == start_step or lisa.begins_interval(step):
+            interval = lisa.interval_of(step)
             strategy.train_only(lisa.names(interval), keep_state=section.keep_state)
             logger.info("step %d: LISA trains blocks %s", step + 1, ", ".join(map(str, lisa.layers(interval))))
 

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -26,12 +28,13 @@ def test_adamw_follows_its_paper_written_out() -> None:
         np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-9)
 
 
-def test_norms_and_biases_do_not_decay() -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_norms_and_biases_do_not_decay(name: str) -> None:
     """O01."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.RMSNorm(4), torch.nn.Embedding(5, 4))
-    optimizer = build_optimizer(model.named_parameters(), OptimizerSection(weight_decay=0.1))
+    optimizer = build_optimizer(model.named_parameters(), OptimizerSection(name=name, weight_decay=0.1), head_dim=2)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decays) == len(list(model.parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
         "0.weight": 0.1,
         "0.bias": 0.0,
@@ -61,6 +64,13 @@ def test_unknown_optimizers_and_options_name_the_nearest() -> None:
         check_optimizer(OptimizerSection(name="adamv"))
     with pytest.raises(ConfigError, match=r"adamw has no option beta\. Nearest: betas"):
         check_optimizer(OptimizerSection(options={"beta": 0.9}))
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "raylm.optim.eight_bit", raising=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match=r"adamw_8bit needs the package bitsandbytes\. pip install 'raylm\[quant"):
+        check_optimizer(OptimizerSection(name="adamw_8bit"))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -115,7 +115,7 @@ def test_sharing_divides_what_is_held(make_plan: Any) -> None:
     rows = {row.name: row for row in make_plan("cluster.num_workers=2", "training.global_batch_size=2").memory}
     single = rows["single"]
     assert (single.workers, rows["ddp"].workers) == (1, 2)
-    assert rows["ddp"].communication == single.gradients
+    assert rows["ddp"].communication == 0  # gradients lie in the buckets that are exchanged
     for name in ("fsdp", "fsdp reshard_after_forward=false", "deepspeed stage=3"):
         for part in ("weights", "gradients", "optimizer"):
             assert getattr(rows[name], part) == pytest.approx(getattr(single, part) / 2, rel=0.01)
@@ -217,13 +217,24 @@ def test_what_would_stop_a_run_stops_its_plan(make_plan: Any, tmp_path: Path) ->
 
 
 def test_plans_leave_out_what_an_optimizer_is_refused_with(make_plan: Any) -> None:
-    """Muon keeps one number for a matrix of a block, two elsewhere, and does not step pieces of weights."""
-    plan = make_plan("optimizer.name=muon", memory_gib=8.0)
-    assert {row.name.split()[0] for row in plan.memory} == {"single", "ddp"}
-    adamw = make_plan(memory_gib=8.0).chosen.optimizer
-    assert adamw / 2 < plan.chosen.optimizer < adamw
-    with pytest.raises(ConfigError, match=r"muon excludes training\.strategy=fsdp"):
-        make_plan("optimizer.name=muon", "training.strategy=fsdp")
+    free = ["optimizer.name=schedulefree_adamw", "schedule.name=constant"]
+    plan = make_plan(*free, memory_gib=8.0)
+    assert {row.name.split()[0] for row in plan.memory} == {"single", "ddp", "fsdp"}
+    with pytest.raises(ConfigError, match=r"schedulefree_adamw excludes training\.strategy=deepspeed"):
+        make_plan(*free, "training.strategy=deepspeed")
+
+
+def test_state_that_one_rank_owns_is_planned_by_owner(make_plan: Any) -> None:
+    """Muon keeps one number for a matrix of a block, two elsewhere; whole tensors go to ranks."""
+    rows = {row.name: row for row in make_plan("optimizer.name=muon", "cluster.num_workers=2", *BATCH).memory}
+    adamw = make_plan(*BATCH).chosen.optimizer
+    single = rows["single"].optimizer
+    assert adamw / 2 < single < adamw
+    assert single / 2 <= rows["fsdp"].optimizer < 0.75 * single
+    assert rows["deepspeed stage=3"].optimizer == rows["fsdp"].optimizer
+
+
+BATCH = ("training.global_batch_size=2",)
 
 
 def test_the_state_of_an_optimizer_by_shape() -> None:

@@ -17,7 +17,7 @@ from raylm.config.deepspeed import deepspeed_config
 from raylm.models.blocks import decoder_blocks
 from raylm.optim.checks import plannable
 from raylm.training.module import LossModule
-from raylm.training.planning.optimizer_state import state_bytes
+from raylm.training.planning.optimizer_state import is_owned, owned_bytes, state_bytes
 from raylm.training.planning.trace import Traced, trace_micro_batch
 
 FP32 = 4
@@ -208,7 +208,9 @@ def _memory(
         saved = round(_frozen_matrices(blocks) * (FP32 - NF4))
         whole -= saved
         weights -= saved // ranks if "w" in layout.cut else saved
-    optimizer = state_bytes(config.optimizer, parts["o"], names=names)
+    optimizer, exchange = state_bytes(config.optimizer, parts["o"], names=names), 0
+    if "o" in layout.cut and is_owned(config, layout.strategy):
+        optimizer, exchange = owned_bytes(named, config, ranks)
     if config.training.ema_decay is not None:
         optimizer += sum(map(math.prod, parts["o"])) * FP32
     if layout.master:
@@ -224,7 +226,8 @@ def _memory(
     flat = here["g"] if (layout.buckets and "w" in layout.cut) or ("g" in layout.cut and accumulated) else 0
     bucket_stands = bucket if "w" in layout.cut else 0
     in_pass = standing + flat + bucket_stands + trace.peak
-    in_update = here["w"] + here["o"] + here["g"] + exchanged + bucket + _scattering(layout, module, blocks, learns)
+    in_update = here["w"] + here["o"] + here["g"] + exchanged + bucket
+    in_update += max(exchange, _scattering(layout, module, blocks, learns))
     if config.checkpoint.asynchronous:
         host += _checkpoint(named, config, ranks)
     return Memory(

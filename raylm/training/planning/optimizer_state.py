@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raylm.config import TrainConfig
 from raylm.config.training import OptimizerSection
 from raylm.optim.build import build_optimizer, is_hidden, optimizer_row
+from raylm.training.strategies.owned import BUCKET_ELEMENTS, owners_of
 
 _OFFSETS = (7, 11, 13, 17, 19)
 """Of the dimensions of the small parameter, all unequal: a slot's dimensions tell which of them it has."""
@@ -34,6 +36,25 @@ def state_bytes(
     return sum(
         _bytes_of(key, tuple(shape), is_hidden(name, len(shape))) for name, shape in zip(found, shapes, strict=True)
     )
+
+
+def is_owned(config: TrainConfig, strategy: str) -> bool:
+    """Whether one rank steps each parameter whole (strategies/owned.py)."""
+    row = optimizer_row(config.optimizer.name)
+    return bool(row.whole) or (row.estimates and strategy == "deepspeed")
+
+
+def owned_bytes(named: Sequence[tuple[str, nn.Parameter]], config: TrainConfig, ranks: int) -> tuple[int, int]:
+    """State of the rank with the most, and what a step exchanges at a time: ranges that are sent and received, and the
+    whole, of weight and gradient each."""
+    owners = owners_of({name: parameter.numel() for name, parameter in named}, ranks)
+    states, exchanges = [], []
+    for rank in range(ranks):
+        own = {name: parameter.shape for name, parameter in named if owners[name] == rank}
+        sizes = [shape.numel() for shape in own.values()]
+        states.append(state_bytes(config.optimizer, list(own.values()), names=list(own)))
+        exchanges.append(min(sum(sizes), max([BUCKET_ELEMENTS, *sizes])))
+    return max(states), 6 * max(exchanges) * 4
 
 
 def _quantised(elements: int, fewest: int) -> int:

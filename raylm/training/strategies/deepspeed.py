@@ -7,12 +7,8 @@ blocks. In between, optimizer state is kept by parameter: this rank's part of it
 Weights are fp32 under autocast, as in the other strategies; DeepSpeed then steps them in place, without a second copy.
 """
 
-import contextlib
 import gc
-import io
 import math
-import os
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,7 +21,8 @@ from raylm.training.batch import Batch
 from raylm.training.module import LossModule
 from raylm.training.state import Piece, optimizer_slots, restore_weights, share_of
 from raylm.training.strategies.base import BuildOptimizer
-from raylm.training.strategies.owned import HandedOn, OwnedOptimizer, Part
+from raylm.training.strategies.deepspeed_engine import HandedOn, Wrapped, deepspeed_on, step_in_place
+from raylm.training.strategies.owned import OwnedOptimizer, Part
 
 Slots = dict[str, Tensor]
 """What an optimizer keeps for one parameter; 0-d tensors count steps."""
@@ -199,7 +196,7 @@ class DeepspeedStrategy:
         return self._running
 
     def _start_engine(self) -> None:
-        deepspeed = _deepspeed(self.device)
+        deepspeed = deepspeed_on(self.device)
         groups, self._sources = self._groups_by_age()
         if self._owned:
             optimizer: Any = HandedOn(groups, self._take)
@@ -211,10 +208,10 @@ class DeepspeedStrategy:
             if part in zero:  # copies from pageable memory hold the GPU up
                 zero[part] = {"pin_memory": self.device.type == "cuda", **zero[part]}
         self._running, *_ = deepspeed.initialize(
-            model=_Wrapped(self.module), optimizer=optimizer, config={**self._config, "zero_optimization": zero}
+            model=Wrapped(self.module), optimizer=optimizer, config={**self._config, "zero_optimization": zero}
         )
         if self._stage == 3:
-            _step_in_place(self._running.optimizer)
+            step_in_place(self._running.optimizer)
         if self._owned:
             self._lay_out()
         for name, parameter in self.module.trainable():
@@ -344,43 +341,3 @@ class DeepspeedStrategy:
         found = whole.flatten()[self.rank * length : (self.rank + 1) * length]
         part[: found.numel()] = found
         return part
-
-
-class _Wrapped(nn.Module):
-    """What DeepSpeed hangs its engine on; every engine has its own. Brings the caller's autocast with it."""
-
-    def __init__(self, module: LossModule) -> None:
-        super().__init__()
-        self.loss = module
-
-    def forward(self, batch: Batch, dtype: torch.dtype | None) -> Tensor:
-        with torch.autocast(batch.input_ids.device.type, dtype, cache_enabled=False) if dtype else nullcontext():
-            loss: Tensor = self.loss(batch)
-        return loss
-
-
-def _step_in_place(zero: Any) -> None:
-    """Frees ZeRO-3's second copy of fp32 weights, but for an offloaded optimizer, which needs its own.
-
-    DeepSpeed 0.19.8 means to make none, and does, because it compares a device with the name of one.
-    """
-    for master, flat in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
-        if not zero.offload_optimizer and master.device == flat.device:
-            master.data = flat.data
-
-
-def _deepspeed(device: torch.device) -> Any:
-    """DeepSpeed on the process group there is."""
-    os.environ["LOCAL_RANK"] = str(device.index or 0)  # which DeepSpeed makes the current device
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when it is imported
-    # What it calls of torch is deprecated since 2.13; drop this with the first release that calls the new names.
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning, module="torch")
-    import deepspeed
-
-    if not deepspeed.comm.is_initialized():
-        # Its own collectives in shared memory serve inference only, and would be compiled here, with g++ and ninja.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        with contextlib.redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
-    return deepspeed

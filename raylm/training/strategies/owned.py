@@ -94,7 +94,7 @@ class OwnedOptimizer:
         """Takes the gradients as an estimate of the curvature (Sophia); no weight changes."""
         for bucket in self._buckets(parts):
             self._gather(bucket, parts)
-            update: Callable[[int], None] = self._optimizer.update_hessian  # type: ignore[attr-defined]
+            update: Callable[[int], None] = self._optimizer.update_hessian
             update(num_labels)
             self._let_go(bucket)
 
@@ -121,6 +121,11 @@ class OwnedOptimizer:
                 self._optimizer.state[parameter] = {
                     slot: state[key].to(self._place, copy=True) for slot, key in slots[name].items() if slot != SLOT
                 }
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of the optimizer, the same on all ranks."""
+        return len(self._optimizer.param_groups)
 
     def num_elements(self) -> int:
         """Elements of the state on this rank."""
@@ -196,16 +201,3 @@ class OwnedOptimizer:
 def part_of(weights: Tensor, gradients: Tensor) -> Part:
     """A part by its tensors, which lie in one stretch of memory."""
     return Part(weights.detach().view(-1), gradients.detach().reshape(-1))
-
-
-class HandedOn(torch.optim.Optimizer):
-    """What DeepSpeed steps: gives the flat tensors that have gradients to a function."""
-
-    def __init__(self, groups: Sequence[Mapping[str, Any]], take: Callable[[list[Tensor]], None]) -> None:
-        super().__init__([dict(group) for group in groups], {"lr": 0.0})
-        self._take = take
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step."""
-        self._take([flat for group in self.param_groups for flat in group["params"] if flat.grad is not None])
