@@ -155,13 +155,15 @@ class OwnedOptimizer:
         ]
         mine = self._owned_by(self._rank, bucket)
         lengths = [2 * sum(ranges[name][1] for name in mine) for ranges in self._ranges]
-        whole = {name: torch.empty(2, self._shapes[name].numel(), device=self._place) for name in mine}
+        # Apart, so that both begin where allocations do: products of unaligned memory are rounded otherwise.
+        whole = {name: [torch.empty(self._shapes[name].numel(), device=self._place) for _ in range(2)] for name in mine}
         for ranges, received in zip(self._ranges, self._exchange(sent, lengths), strict=True):
             place = 0
             for name in mine:
                 start, length = ranges[name]
-                whole[name][:, start : start + length] = received[place : place + 2 * length].view(2, length)
-                place += 2 * length
+                for values in whole[name]:
+                    values[start : start + length] = received[place : place + length]
+                    place += length
         for name, (weights, gradients) in whole.items():
             parameter, shape = self._parameters[name], self._shapes[name]
             parameter.data = weights.view(shape)
