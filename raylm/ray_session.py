@@ -42,7 +42,7 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
             ) from None
         logger.info("connected to the Ray cluster at %s", remote)
     else:
-        with _environment({**LOCAL_ENVIRONMENT, **(environment or {})}):
+        with environment_variables({**LOCAL_ENVIRONMENT, **(environment or {})}):
             _start_local(ray, num_cpus)
         logger.info("started a local Ray with %d logical CPUs", num_cpus)
     try:
@@ -86,7 +86,7 @@ def _quiet_ray() -> None:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
     """Sets variables that are not set yet, for the length of the block."""
     added = [name for name in values if name not in os.environ]
     os.environ.update({name: values[name] for name in added})

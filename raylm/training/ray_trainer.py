@@ -13,10 +13,8 @@ from raylm.config import TrainConfig
 from raylm.data.stream import MicroBatch, micro_batches, ordered_stream, split_in_turn, to_micro_batch
 from raylm.errors import ClusterError, RaylmError, TrainingError
 from raylm.training.checkpoint import newest_checkpoint, read_meta
-from raylm.training.hardware import keep_freed_memory
 from raylm.training.job import WorkerData, WorkerJob, write_failure
 from raylm.training.run_dir import CONFIG_FILE, RunDir
-from raylm.training.worker import run_worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +24,10 @@ class Resources:
     num_workers: int | tuple[int, int]
     cpus_per_worker: int
     use_gpu: bool
+    gpus_per_worker: float = 1.0
+    """Of each where use_gpu is set; parts of one are for runs beside each other."""
+    threads: int | None = None
+    """Of each worker on a CPU; default: the machine's cores divided by its workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,14 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
     config = job.config
     trainer = TorchTrainer(
         _train_function,
-        train_loop_config={"job": job, "evaluation": data.evaluation},
+        train_loop_config={"job": job, "evaluation": data.evaluation, "threads": resources.threads},
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.use_gpu else {}),
+            },
             elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
         torch_config=TorchConfig(backend="nccl" if resources.use_gpu else "gloo"),
@@ -148,6 +153,10 @@ def _train_function(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    # Not above: the driver and Ray Train's controller import this file too, and need no model code.
+    from raylm.training.hardware import keep_freed_memory
+    from raylm.training.worker import run_worker
+
     job: WorkerJob = settings["job"]
     if job.run.failure.exists():
         return
@@ -161,7 +170,8 @@ def _train_function(settings: dict[str, Any]) -> None:
             device = ray.train.torch.get_device()
         else:
             device = torch.device("cpu")
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+            share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+            torch.set_num_threads(settings["threads"] or share)
             keep_freed_memory()
         rank, world_size = context.get_world_rank(), context.get_world_size()
         data = WorkerData(
