@@ -81,7 +81,7 @@ def _quiet_ray() -> None:
     import ray.data  # noqa: F401  (it sets its level when it is imported)
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    for name in ("ray.data", "ray.train"):
+    for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

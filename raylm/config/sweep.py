@@ -15,6 +15,24 @@ SteppedRange = tuple[float, float, Annotated[float, Field(gt=0)]]
 IntegerRange = tuple[int, int]
 
 
+def flat_overrides(value: object) -> object:
+    """Sections within overrides as dotted keys; an empty mapping is a value."""
+    if not isinstance(value, dict):
+        return value
+    flat: dict[str, object] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            found = flat_overrides(inner)
+            assert isinstance(found, dict)
+            flat |= {f"{key}.{name}": leaf for name, leaf in found.items()}
+        else:
+            flat[str(key)] = inner
+    return flat
+
+
+Overrides = Annotated[dict[str, Any], BeforeValidator(flat_overrides)]
+
+
 class DimensionSection(Section):
     """The values of one setting: exactly one of choice, grid, uniform, loguniform, quniform, qloguniform, integers,
     log_integers, suggested."""
@@ -39,7 +57,7 @@ class DimensionSection(Section):
     """The range that the optimizer table gives for the chosen optimizer. For `optimizer.learning_rate`."""
     points: Annotated[int, Field(ge=2)] | None = None
     """Points that a grid search takes from a range, ends included."""
-    when: dict[str, Any] = {}
+    when: Overrides = {}
     """Only where other settings have these values: key -> value or list of values."""
 
     @model_validator(mode="after")
@@ -141,24 +159,8 @@ def _holds_dimensions(value: object) -> bool:
     return value == "suggested" or all(isinstance(member, dict) for member in alternatives)
 
 
-def flat_overrides(value: object) -> object:
-    """Sections within overrides as dotted keys; an empty mapping is a value."""
-    if not isinstance(value, dict):
-        return value
-    flat: dict[str, object] = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            found = flat_overrides(inner)
-            assert isinstance(found, dict)
-            flat |= {f"{key}.{name}": leaf for name, leaf in found.items()}
-        else:
-            flat[str(key)] = inner
-    return flat
-
-
 Alternatives = Annotated[tuple[DimensionSection, ...], Field(min_length=1), BeforeValidator(_as_alternatives)]
 Space = Annotated[dict[str, Alternatives], BeforeValidator(_flat_space)]
-Overrides = Annotated[dict[str, Any], BeforeValidator(flat_overrides)]
 
 
 def _by_name(value: object) -> object:

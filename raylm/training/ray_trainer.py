@@ -73,10 +73,10 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
     Raises the RaylmError a worker stopped for, or TrainingError.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     config = job.config
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _train_function,
         train_loop_config={"job": job, "evaluation": data.evaluation, "threads": resources.threads},
         scaling_config=ScalingConfig(
@@ -105,6 +105,29 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
         _raise_failure(job.run)
         raise _as_training_error(error, job.run) from error
     _raise_failure(job.run)
+
+
+def _trainer_class() -> Any:
+    """Ray Train's trainer, without its watchman where that one cannot see.
+
+    A detached actor asks Ray's state API whether the controller lives, to remove its placement group if not. A local
+    Ray has no dashboard and so no such API: the question takes 40 s to fail, and a run waits 12 s for it at its end
+    (Ray 2.60, placement_group_callback.py). The group goes with the local Ray.
+    """
+    from ray._private import ray_constants
+    from ray.experimental.internal_kv import _internal_kv_get
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    if _internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD):
+        return TorchTrainer
+
+    class Unwatched(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    return Unwatched
 
 
 class _StreamFactory:

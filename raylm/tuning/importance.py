@@ -4,8 +4,8 @@ For a setting, trials are put into groups: of equal values, or of a quarter each
 values. The importance is omega squared of these groups: the share of the variance of the metric that lies between them,
 less what as many groups of random trials would have. It knows no interactions, and few trials say little.
 
-Values beyond the worst of the better half by more than its spread count as that far: one that diverged would else be
-all of the variance. Source: Hays, Statistics for Psychologists (1963), chapter 12.
+A value further beyond the third quartile than that is from the best counts as that far: one trial that diverged would
+else be all of the variance. Source: Hays, Statistics for Psychologists (1963), chapter 12.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -35,8 +35,8 @@ def _without_outliers(values: Sequence[float], mode: str) -> list[float]:
     ordered = sorted(sign * value for value in values)
     if not ordered:
         return []
-    best, median = ordered[0], ordered[(len(ordered) - 1) // 2]
-    bound = median + (median - best) if median > best else ordered[-1]
+    best, quartile = ordered[0], ordered[3 * (len(ordered) - 1) // 4]
+    bound = 2 * quartile - best if quartile > best else ordered[-1]
     return [min(sign * value, bound) for value in values]
 
 

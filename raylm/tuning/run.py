@@ -18,7 +18,7 @@ from raylm.config import SweepConfig, TrainConfig, load_config
 from raylm.errors import ConfigError, RunDirError
 from raylm.ray_session import inside_ray_job, ray_session
 from raylm.tuning.candidates import Candidates, with_base
-from raylm.tuning.journal import Journal, SweepState
+from raylm.tuning.journal import Journal, SweepState, read_journal
 from raylm.tuning.plans import SweepJob, data_key
 from raylm.tuning.results import SweepResult, finish_sweep
 from raylm.tuning.room import local_cpus, plan_room
@@ -62,11 +62,7 @@ def run_sweep(config: SweepConfig) -> SweepResult:
     """Runs a new sweep. Raises RaylmError for what is wrong, before Ray starts where the configuration shows it."""
     config = with_base(config)
     sweep_dir = _locate(config)
-    if sweep_dir.exists() and (not sweep_dir.is_dir() or any(sweep_dir.iterdir())):
-        what = "holds another sweep" if (sweep_dir / SWEEP_FILE).is_file() else "is not empty"
-        raise RunDirError(
-            str(sweep_dir), f"{what}.", f"Choose another dir, or continue it with raylm sweep --resume {sweep_dir}."
-        )
+    _check_free(sweep_dir)
     candidates, search = _checked(config, sweep_dir)
     try:
         sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -74,6 +70,21 @@ def run_sweep(config: SweepConfig) -> SweepResult:
     except OSError as error:
         raise RunDirError(str(sweep_dir), f"cannot be written: {error.strerror}.", "Choose another dir.") from None
     return _run(candidates, search, retry_failed=False)
+
+
+def _check_free(sweep_dir: Path) -> None:
+    """Raises RunDirError for a folder with something in it; a sweep that ended before its first trial is nothing."""
+    if not sweep_dir.exists():
+        return
+    if not (sweep_dir / SWEEP_FILE).is_file():
+        if not sweep_dir.is_dir() or any(sweep_dir.iterdir()):
+            raise RunDirError(str(sweep_dir), "holds something else than a sweep.", "Choose another dir.")
+    elif read_journal(sweep_dir).trials:
+        raise RunDirError(
+            str(sweep_dir),
+            "holds another sweep.",
+            f"Choose another dir, or continue it with raylm sweep --resume {sweep_dir}.",
+        )
 
 
 def resume_sweep(

@@ -67,6 +67,13 @@ def make_scheduler(
     return makers[section.name]()
 
 
+class _Former:
+    """Stands for a trial of a former session; schedulers have trials as keys."""
+
+    def __init__(self, number: int) -> None:
+        self.trial_id = f"former-{number}"
+
+
 def _remembering(kind: type[TrialScheduler]) -> Any:
     """A scheduler that knows what trials reported in former sessions."""
 
@@ -76,7 +83,7 @@ def _remembering(kind: type[TrialScheduler]) -> Any:
             self._former = {number: trial for number, trial in state.trials.items() if trial.reports}
             for trial in list(self._former.values()):
                 if trial.has_ended and trial.state != "failed":
-                    stand_in = SimpleNamespace(trial_id=f"former-{trial.number}", trial=trial.number)
+                    stand_in = _Former(trial.number)
                     super().on_trial_add(_NOBODY, stand_in)
                     self._tell(stand_in, trial)
 

@@ -17,6 +17,7 @@ HEAD = "node:__internal_head__"
 """The resource that the head node of every Ray cluster has 1 of. Trials' own processes, which only start workers and
 read files, run there; Tune counts trials by their shares of it."""
 _TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # it prints though it is told not to
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # tuning/run.py has one
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
