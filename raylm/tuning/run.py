@@ -165,15 +165,17 @@ def _run_trials(
 
         max_steps = max(steps for _, steps in data.values())
         job = SweepJob(str(candidates.sweep_dir), {key: prepared for key, (prepared, _) in data.items()})
-        with _end_on_signal(session), watch_sweep(session):
-            run_on_tune(
-                session,
-                job,
-                interval=candidates.report_interval(built[0]),
-                max_steps=max_steps,
-                concurrency=room.concurrency,
-            )
-        session.free_disk()
+        try:
+            with _end_on_signal(session), watch_sweep(session):
+                run_on_tune(
+                    session,
+                    job,
+                    interval=candidates.report_interval(built[0]),
+                    max_steps=max_steps,
+                    concurrency=room.concurrency,
+                )
+        finally:
+            session.close()
         return session.interrupted
 
 

@@ -15,6 +15,7 @@ from raylm.tuning.plans import TrialPlan, copy_folder, failure_file, write_plan
 from raylm.tuning.room import Room
 from raylm.tuning.search import Search, generator
 from raylm.tuning.space import Settings, described, perturbed
+from raylm.tuning.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Session:
             if not trial.has_ended or (retry_failed and trial.state == "failed")
         ]
         self._former_seconds, self._started = self.state.seconds, time.monotonic()
+        self._trackers = Trackers()
         self.interrupted = False
         self.ended_here = 0
         """Trials that have ended in this session."""
@@ -107,6 +109,7 @@ class Session:
         except RaylmError as error:
             self.ended(number, "failed", str(error))
             return False
+        self._trackers.start(number, config)
         if reported is None:
             last = self.state.trials[number].last
             reported = last.step if last else 0
@@ -134,6 +137,7 @@ class Session:
     def ended(self, number: int, state: str, reason: str = "") -> None:
         """A trial has ended; frees what it need not keep on the disk."""
         self.ended_here += 1
+        self._trackers.end(number, failed=state == "failed")
         self._journal.write("end", number=number, state=state, **({"reason": reason} if reason else {}))
         trial_dir = self._candidates.trial_dir(number)
         if state == "stopped" and trial_dir.is_dir():
@@ -141,6 +145,11 @@ class Session:
         last = self.state.trials[number].last
         shown = f", {last.value:.4g} at step {last.step}" if last else ""
         logger.info("trial %d %s%s%s", number, state, shown, f": {reason}" if reason else "")
+
+    def close(self) -> None:
+        """No trial runs any more: frees the disk, and lets trackers have what they lack."""
+        self.free_disk()
+        self._trackers.close()
 
     def failed(self, number: int, otherwise: str) -> None:
         """A trial has ended with an error. otherwise: the reason when its process left none."""
