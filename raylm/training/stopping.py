@@ -103,11 +103,13 @@ def hold(run_dir: Path, step: int | None) -> None:
 
 @contextmanager
 def stop_on_sigterm(run_dir: Path) -> Iterator[None]:
-    """While the block runs, SIGTERM asks the run to stop after the step at hand; a second one ends the process.
+    """While the block runs, SIGTERM asks the run to stop after the step at hand; a second one ends the process. What a
+    former driver asked of the run is forgotten.
 
     Only the main thread can take signals; elsewhere nothing changes.
     """
     (run_dir / STOP_FILE).unlink(missing_ok=True)
+    hold(run_dir, None)
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.training.metrics import read_metrics
+from raylm.tuning.importance import without_outliers
 from raylm.tuning.journal import Trial
 from raylm.tuning.space import shown
 
@@ -70,7 +71,7 @@ def draw_parallel(
         return None
     figure, axes = _figure(max(6, 2 + 1.6 * (len(keys) + 1)), 4.5)
     columns = [_column([one.get(key) for one in settings]) for key in keys]
-    columns.append(_column(list(values)))
+    columns.append(_column(without_outliers(values, mode)))
     sign = 1 if mode == "min" else -1
     order = sorted(range(len(values)), key=lambda place: -sign * values[place])
     colours = colormaps["plasma"]

@@ -20,7 +20,7 @@ def importances(settings: Sequence[Mapping[str, Any]], values: Sequence[float], 
     values: one a trial; mode: whether low or high ones are good. Settings with less than FEWEST_TRIALS trials, or with
     one value, are left out.
     """
-    clipped = _without_outliers(values, mode)
+    clipped = without_outliers(values, mode)
     found: dict[str, float] = {}
     for key in dict.fromkeys(name for one in settings for name in one):
         pairs = [(one[key], value) for one, value in zip(settings, clipped, strict=True) if key in one]
@@ -30,7 +30,8 @@ def importances(settings: Sequence[Mapping[str, Any]], values: Sequence[float], 
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _without_outliers(values: Sequence[float], mode: str) -> list[float]:
+def without_outliers(values: Sequence[float], mode: str) -> list[float]:
+    """The values, those far beyond the others cut off where they no longer tell."""
     sign = 1.0 if mode == "min" else -1.0
     ordered = sorted(sign * value for value in values)
     if not ordered:

@@ -139,6 +139,7 @@ class RunningTrial:
         resources = Resources(**self._plan.resources)
         fit(job, TrainData(ray.put(data.store), ray.put(plan), data.evaluation), resources)
         EventsWriter(run.path).write("done")
+        hold(run.path, None)
 
     def _prepare_alone(self) -> Any:
         """Data that no other trial was known to need; the cache has them for the next."""
