@@ -10,7 +10,9 @@ from raylm.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
+_OWN_RAY = "RAYLM_OWN_RAY"
 LOCAL_ENVIRONMENT = {
+    _OWN_RAY: "1",
     "RAY_worker_niceness": "0",  # Ray's workers run at nice 15 otherwise
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -45,10 +47,17 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
         with environment_variables({**LOCAL_ENVIRONMENT, **(environment or {})}):
             _start_local(ray, num_cpus)
         logger.info("started a local Ray with %d logical CPUs", num_cpus)
+    own = {} if remote else {_OWN_RAY: "1"}
     try:
-        yield ray
+        with environment_variables(own):
+            yield ray
     finally:
         ray.shutdown()
+
+
+def in_own_ray() -> bool:
+    """True in the driver and the workers of a local Ray that this file started: it has no dashboard."""
+    return os.environ.get(_OWN_RAY) == "1"
 
 
 def _start_local(ray: Any, num_cpus: int) -> None:

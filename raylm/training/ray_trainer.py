@@ -12,6 +12,7 @@ from raylm import errors
 from raylm.config import TrainConfig
 from raylm.data.stream import MicroBatch, micro_batches, ordered_stream, split_in_turn, to_micro_batch
 from raylm.errors import ClusterError, RaylmError, TrainingError
+from raylm.ray_session import in_own_ray
 from raylm.training.checkpoint import newest_checkpoint, read_meta
 from raylm.training.job import WorkerData, WorkerJob, write_failure
 from raylm.training.run_dir import CONFIG_FILE, RunDir
@@ -110,16 +111,14 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
 def _trainer_class() -> Any:
     """Ray Train's trainer, without its watchman where that one cannot see.
 
-    A detached actor asks Ray's state API whether the controller lives, to remove its placement group if not. A local
-    Ray has no dashboard and so no such API: the question takes 40 s to fail, and a run waits 12 s for it at its end
-    (Ray 2.60, placement_group_callback.py). The group goes with the local Ray.
+    A detached actor asks Ray's state API whether the controller lives, to remove its placement group if not. The Ray
+    that ray_session.py starts has no such API: the question takes 40 s to fail, and a run waits up to 12 s for it at
+    its end (Ray 2.60, placement_group_callback.py). The group goes with that Ray.
     """
-    from ray._private import ray_constants
-    from ray.experimental.internal_kv import _internal_kv_get
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    if _internal_kv_get(ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD):
+    if not in_own_ray():
         return TorchTrainer
 
     class Unwatched(TorchTrainer):

@@ -37,6 +37,7 @@ def settings(tiny_model_dir: Path, write_dataset: Any, tmp_path: Path) -> dict[s
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_survives_a_failing_trial_and_keeps_the_best(settings: dict[str, Any], ray_cluster: Any) -> None:
     """T02: the best is the best ever, with its checkpoint. T04: no actor or placement group is left."""
     result = raylm.sweep(settings)
@@ -46,7 +47,7 @@ def test_a_sweep_survives_a_failing_trial_and_keeps_the_best(settings: dict[str,
     state = read_journal(sweep)
     failed = state.trials[1]
     assert failed.settings == {"optimizer.learning_rate": 1e30}
-    assert "the loss is nan" in failed.reason or "the loss is inf" in failed.reason
+    assert "the gradient norm nan; the weights were not updated" in failed.reason
     evaluations = {
         number: {
             line["step"]: line["eval/loss"]
