@@ -1,5 +1,6 @@
 """The training configuration of a trial, and the checks that every one of a sweep's passes before Ray starts."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from raylm.tuning.space import (
 
 OWNED = ("run.dir", "run.storage_path", "run.overwrite", "training.resume", "export.enabled")
 """Settings that a sweep makes itself."""
-CHECKED_WHOLE = 64
-"""Points whose model, data and optimizer are checked too before the start; the others are when their turn comes."""
+DRAWN = 64
+"""Points drawn at random beside the values, where a space has too many corners."""
 CORNERS = 512
 TRIALS_FOLDER = "trials"
 TIME, MEMORY = "time_s", "memory_gib"
@@ -44,6 +45,7 @@ class Candidates:
         """config: with its base in it. Raises ConfigError for a base that is wrong whatever the space says."""
         assert isinstance(config.base, dict)
         self.config, self.sweep_dir = config, sweep_dir
+        self._passed: set[str] = set()
         self._check_keys()
         first = next(iter(self._edges()))
         self.base_settings = {
@@ -180,14 +182,14 @@ class Candidates:
                 yield settings
             if place >= MOST_COMBINATIONS // 10:
                 break
-        for _ in range(CHECKED_WHOLE):
+        for _ in range(DRAWN):
             yield draw(self.config.space, self.base_settings, rng, {})
 
     def check(self) -> None:
         """Holds the space against everything that can be known before Ray starts. Raises RaylmError.
 
-        Every point of a grid, else the corners of the space, make a valid configuration; CHECKED_WHOLE of them, spread
-        over all, are checked like the start of a training.
+        Every point of a grid, else the corners of the space, make a valid configuration with an optimizer that can be
+        used so; of them, enough to have each value once are checked like the start of a training.
         """
         points = self.points() if self.config.search.name == "grid" else self.corners()
         built = [self.build(number, settings) for number, settings in enumerate(points)]
@@ -195,9 +197,28 @@ class Candidates:
         if len(metrics) > 1:
             raise ConfigError("metric", f"would be {' or '.join(sorted(metrics))} by the trial.", "Set metric.")
         self._check_population()
-        stride = -(-len(built) // CHECKED_WHOLE)
-        for place in range(0, len(built), stride):
-            check_whole(built[place], points[place])
+        seen: set[tuple[str, str]] = set()
+        for config, settings in zip(built, points, strict=True):
+            _check_optimizer(config, settings)
+            new = {(key, repr(value)) for key, value in settings.items()} - seen
+            if new:
+                seen |= new
+                self.check_whole(config, settings)
+
+    def check_whole(self, config: TrainConfig, settings: Mapping[str, Any]) -> None:
+        """The checks that `raylm train` makes before it starts Ray, once for all trials that they are the same for.
+        Raises RaylmError that names the trial's settings."""
+        from raylm.training.before_start import check_before_start, with_absolute_paths
+
+        _check_optimizer(config, settings)
+        kind = json.dumps(config.model_dump(mode="json", exclude=_NUMBERS), sort_keys=True)
+        if kind in self._passed:
+            return
+        try:
+            check_before_start(with_absolute_paths(config))
+        except RaylmError as error:
+            raise _at(settings, error) from None
+        self._passed.add(kind)
 
     def _check_population(self) -> None:
         if self.config.scheduler.name != "pbt":
@@ -223,12 +244,20 @@ PERTURBABLE = (
 """What a training may go on with another value of: the state of a checkpoint stays good."""
 
 
-def check_whole(config: TrainConfig, settings: Mapping[str, Any]) -> None:
-    """The checks that `raylm train` makes before it starts Ray. Raises RaylmError that names the trial's settings."""
-    from raylm.training.before_start import check_before_start, with_absolute_paths
+_NUMBERS: Any = {
+    **dict.fromkeys(("run", "optimizer", "schedule", "loss", "checkpoint", "export", "metrics", "cluster"), True),
+    "lora": {"rank", "alpha", "dropout"},
+}
+"""What the costly checks do not look at, or, as the optimizer, is checked for every trial."""
+
+
+def _check_optimizer(config: TrainConfig, settings: Mapping[str, Any]) -> None:
+    from raylm.optim.build import check_optimizer
+    from raylm.optim.checks import check_optimizer_use
 
     try:
-        check_before_start(with_absolute_paths(config))
+        check_optimizer(config.optimizer)
+        check_optimizer_use(config)
     except RaylmError as error:
         raise _at(settings, error) from None
 

@@ -69,6 +69,9 @@ class RunningTrial:
             alive = self._thread.is_alive()
             if not alive and self._error is not None:
                 raise self._error
+            if alive and self._num_steps is None:  # what a former start left is told when its end is known
+                time.sleep(POLL_S)
+                continue
             self._figures.read()
             step = self._figures.next_step(self._reported, self._num_steps, ended=not alive)
             if step is not None and (step == self._num_steps or not self._is_saved(step)):

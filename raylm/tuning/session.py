@@ -8,7 +8,7 @@ from typing import Any
 from raylm.errors import RaylmError
 from raylm.training.checkpoint import checkpoint_name, remove_checkpoint
 from raylm.training.stopping import STOP_FILE
-from raylm.tuning.candidates import Candidates, check_whole
+from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Journal, SweepState
 from raylm.tuning.pins import drop_checkpoints, link_checkpoint, newest_pin, pin_path
 from raylm.tuning.plans import TrialPlan, copy_folder, failure_file, write_plan
@@ -105,7 +105,7 @@ class Session:
 
         try:
             config = with_absolute_paths(self._candidates.build(number, settings))
-            check_whole(config, settings)
+            self._candidates.check_whole(config, settings)
         except RaylmError as error:
             self.ended(number, "failed", str(error))
             return False

@@ -46,7 +46,7 @@ def test_a_killed_sweep_goes_on_as_one(sweep_file: Callable[..., Path], tmp_path
     """T01, T05: as many trials as asked for, by the same searcher; what has ended never runs again, what ran goes on
     from its checkpoint."""
     space = {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}, "optimizer.max_grad_norm": {"grid": [1.0, 1e9]}}
-    file = sweep_file(search={"name": "optuna", "startup_trials": 2}, budget={"trials": 4}, space=space)
+    file = sweep_file(search={"name": "optuna", "startup_trials": 2}, budget={"trials": 3}, space=space)
     folder = tmp_path / "sweep"
     driver = sweep_process(str(file))
     before = _wait(
@@ -61,12 +61,12 @@ def test_a_killed_sweep_goes_on_as_one(sweep_file: Callable[..., Path], tmp_path
     time.sleep(1.0)
     before = read_journal(folder)
     ended = {number for number, trial in before.trials.items() if trial.has_ended}
-    assert 1 <= len(ended) < 4
+    assert 1 <= len(ended) < 3
     result = finished("--resume", str(folder))
-    assert result["states"] == {"finished": 4}
+    assert result["states"] == {"finished": 3}
     after = read_journal(folder)
-    assert sorted(after.trials) == [0, 1, 2, 3]
-    assert len({json.dumps(trial.settings) for trial in after.trials.values()}) == 4
+    assert sorted(after.trials) == [0, 1, 2]
+    assert len({json.dumps(trial.settings) for trial in after.trials.values()}) == 3
     for number, trial in before.trials.items():
         assert after.trials[number].settings == trial.settings
         assert after.trials[number].reports[: len(trial.reports)] == trial.reports
@@ -78,9 +78,6 @@ def test_a_killed_sweep_goes_on_as_one(sweep_file: Callable[..., Path], tmp_path
             line["step"] for line in read_metrics(folder / "trials" / f"{trial.number:04d}") if "train/loss" in line
         ]
         assert steps == list(range(1, 13))
-    more = finished("--resume", str(folder), "budget.trials=5")
-    assert more["states"] == {"finished": 5}
-    assert [line["number"] for line in _lines(folder, "start")][len(starts) :] == [4]
 
 
 def test_asha_stops_what_lags_behind_and_frees_its_processes(sweep_file: Callable[..., Path], tmp_path: Path) -> None:
