@@ -8,7 +8,7 @@ from typing import Any
 from raylm.config import SweepConfig, TrainConfig, load_config
 from raylm.config.load import read_yaml
 from raylm.config.settings import flat_settings
-from raylm.config.sweep import flat_overrides
+from raylm.config.space import flat_overrides
 from raylm.errors import ConfigError, RaylmError
 from raylm.tuning.space import (
     MOST_COMBINATIONS,

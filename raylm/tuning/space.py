@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from raylm.config.sweep import DimensionSection
+from raylm.config.space import DimensionSection
 from raylm.errors import ConfigError
 from raylm.optim.table import OPTIMIZERS
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from raylm.config.sweep import DimensionSection
+from raylm.config.space import DimensionSection
 from raylm.tuning.candidates import TIME, Candidates
 from raylm.tuning.journal import SweepState, Trial
 from raylm.tuning.space import Settings, active, fixed_grids, on_steps, ordered

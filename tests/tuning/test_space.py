@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylm.config import SweepConfig, load_config
-from raylm.config.sweep import DimensionSection
+from raylm.config.space import DimensionSection
 from raylm.errors import ConfigError
 from raylm.optim.table import OPTIMIZERS
 from raylm.tuning.space import combinations, draw, draw_value, edge_values, grid_values, on_steps, ordered, perturbed

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from raylm.config import SweepConfig, load_config
-from raylm.config.sweep import DimensionSection
+from raylm.config.space import DimensionSection
 from raylm.errors import ConfigError
 
 GOOD: dict[str, Any] = {
