@@ -49,7 +49,7 @@ class Candidates:
         self._check_keys()
         first = next(iter(self._edges()))
         self.base_settings = {
-            key: value for key, value in flat_settings(self._load(first)).items() if key not in config.space
+            key: value for key, value in flat_settings(self.plain(first)).items() if key not in config.space
         }
         for key in {name for dimensions in config.space.values() for one in dimensions for name in one.when}:
             if key not in config.space and key not in self.base_settings:
@@ -78,7 +78,8 @@ class Candidates:
         assert isinstance(self.config.base, dict)
         return dict(self.config.base)
 
-    def _load(self, settings: Mapping[str, Any]) -> TrainConfig:
+    def plain(self, settings: Mapping[str, Any]) -> TrainConfig:
+        """The base with these settings, without what a sweep sets for its trials. Raises ConfigError."""
         try:
             return load_config(TrainConfig, self._tree(), {**self.config.set, **settings})
         except ConfigError as error:
@@ -86,7 +87,7 @@ class Candidates:
 
     def build(self, number: int, settings: Mapping[str, Any]) -> TrainConfig:
         """The configuration of a trial. Raises ConfigError."""
-        found = self._load(settings)
+        found = self.plain(settings)
         if found.cluster.is_elastic and self.config.resources.num_workers is None:
             raise ConfigError(
                 "cluster.num_workers", "is elastic, and trials have as many workers all along.", "Give one number."

@@ -134,21 +134,19 @@ def pareto_front(candidates: Candidates, state: SweepState) -> list[Trial]:
     return [state.trials[number] for number in front]
 
 
-def best_config(candidates: Candidates, trial: Trial, report: Report) -> TrainConfig:
+def best_config(candidates: Candidates, report: Report) -> TrainConfig:
     """A training with the best settings, that `raylm train` runs as it is, in a folder of its own."""
     from raylm.training.before_start import with_absolute_paths
 
-    config = candidates.build(trial.number, report.settings)
-    changes = {"run.dir": str(candidates.sweep_dir / RETRAINED_FOLDER), "export.enabled": True}
-    changes["metrics.run_name"] = f"{candidates.sweep_dir.name}-best"
-    tree = config.model_dump(mode="json")
-    return with_absolute_paths(load_config(TrainConfig, tree, changes))
+    tree = candidates.plain(report.settings).model_dump(mode="json")
+    changes = {"run.dir": str(candidates.sweep_dir / RETRAINED_FOLDER), "run.storage_path": None}
+    return with_absolute_paths(load_config(TrainConfig, tree, {**changes, "export.enabled": True}))
 
 
 def keep_best(candidates: Candidates, trial: Trial, report: Report) -> BestModel:
     """Writes best.yaml and puts the best checkpoint into best/, with its model if that is asked for."""
     sweep_dir = candidates.sweep_dir
-    config = best_config(candidates, trial, report)
+    config = best_config(candidates, report)
     path = sweep_dir / BEST_FILE
     partial = path.with_suffix(f".{os.getpid()}")
     best = f"# The best of {sweep_dir.name}: trial {trial.number}, {report.value:.6g} at step {report.step}.\n"
