@@ -10,16 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raylm.config import GenerateConfig, ServeConfig, TrainConfig, VocabularyConfig
+    from raylm.config import GenerateConfig, ServeConfig, SweepConfig, TrainConfig, VocabularyConfig
     from raylm.inference.generate import GenerateResult
     from raylm.merging import MergeResult
     from raylm.serving import Endpoint
     from raylm.training.planning.plan import Plan
     from raylm.training.run import TrainResult
+    from raylm.tuning.results import SweepResult
     from raylm.vocabulary import VocabularyResult
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "extend_vocabulary", "generate", "merge_adapter", "plan", "serve", "session", "train"]
+__all__ = [
+    "__version__",
+    "extend_vocabulary",
+    "generate",
+    "merge_adapter",
+    "plan",
+    "serve",
+    "session",
+    "sweep",
+    "train",
+]
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -56,6 +67,34 @@ def plan(
     from raylm.training.planning.plan import plan_training
 
     return plan_training(resolved, tokens_per_second=tokens_per_second, utilisation=utilisation, memory_gib=memory_gib)
+
+
+def sweep(
+    config: "str | Path | Mapping[str, Any] | SweepConfig | None" = None,
+    overrides: Overrides = (),
+    *,
+    resume: str | Path | None = None,
+    retry_failed: bool = False,
+) -> "SweepResult":
+    """Trains over a space of settings on Ray Tune and keeps the best: a YAML file, a mapping or a SweepConfig.
+
+    resume: folder of a sweep to continue; then `config` may be left out, and overrides may change its budget.
+    retry_failed: trials that failed go on as well. Raises RaylmError.
+    """
+    from raylm.config import SweepConfig, load_config
+    from raylm.errors import ConfigError
+
+    if resume is not None:
+        given = None if config is None else load_config(SweepConfig, config)
+        from raylm.tuning.run import resume_sweep
+
+        return resume_sweep(resume, overrides, config=given, retry_failed=retry_failed)
+    if config is None:
+        raise ConfigError("sweep", "has neither a configuration nor a folder to resume.", "Give one.")
+    resolved = load_config(SweepConfig, config, overrides)
+    from raylm.tuning.run import run_sweep
+
+    return run_sweep(resolved)
 
 
 def serve(

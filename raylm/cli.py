@@ -54,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--utilisation", type=float, default=0.4, metavar="X", help="MFU to assume (default 0.4)")
     plan.add_argument("--memory-gib", type=float, metavar="X", help="memory of each rank (default: this machine's)")
     _overrides(plan)
+    sweep = _command(commands, "sweep", _sweep, "train over a space of settings and keep the best")
+    sweep.add_argument("config", nargs="?", help="YAML of the sweep")
+    sweep.add_argument("--set", action="append", default=[], metavar="key=value", help="setting of all trials")
+    sweep.add_argument("--resume", metavar="DIR", help="continue the sweep in this folder")
+    sweep.add_argument("--retry-failed", action="store_true", help="with --resume: failed trials go on as well")
+    sweep.add_argument("--dry-run", action="store_true", help="check everything, say what would run, start nothing")
+    _overrides(sweep)
     serve = _command(commands, "serve", _serve, "host a model behind an OpenAI-compatible endpoint")
     serve.add_argument("model", help="hub id, folder, GGUF file, or YAML of a server")
     _overrides(serve)
@@ -167,6 +174,50 @@ def _plan(options: Any) -> None:
     from raylm.training.planning.report import plan_lines
 
     print("\n".join(plan_lines(plan)))
+
+
+def _sweep(options: Any) -> None:
+    source, overrides = options.config, list(options.overrides)
+    if source and "=" in source and not Path(source).is_file():  # with --resume there need be no file
+        source, overrides = None, [source, *overrides]
+    overrides += [f"set.{setting}" for setting in options.set]
+    if options.dry_run:
+        _outline(source, overrides, as_json=options.json)
+        return
+    result = raylm.sweep(source, overrides, resume=options.resume, retry_failed=options.retry_failed)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return
+    print(f"sweep           {result.sweep_dir}")
+    print(f"trials          {', '.join(f'{count} {state}' for state, count in result.states.items())}")
+    print(f"report          {result.report}")
+    if result.best is not None:
+        print(f"best            trial {result.best}: {result.metric} {result.value:.6g} at step {result.step}")
+        print(*(f"                {key}={value}" for key, value in result.settings.items()), sep="\n")
+        print(f"train it again  raylm train {result.best_config}")
+    if result.export_dir:
+        print(f"serve it        raylm serve {result.export_dir}")
+    if result.interrupted:
+        print(f"go on           raylm sweep --resume {result.sweep_dir}")
+
+
+def _outline(source: Any, overrides: list[str], *, as_json: bool) -> None:
+    from raylm.config import SweepConfig, load_config
+
+    if source is None:
+        raise ConfigError("sweep --dry-run", "has no configuration.", "Give a YAML file.")
+    config = load_config(SweepConfig, source, overrides)
+    from raylm.tuning.run import outline_sweep
+    from raylm.tuning.space import described
+
+    outline = outline_sweep(config)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(outline)))
+        return
+    print(f"folder          {outline.sweep_dir}")
+    print(f"trials          {outline.trials or 'until the budget is used up'}, by {outline.metric} ({outline.mode})")
+    for number, settings in enumerate(outline.first):
+        print(f"trial {number:<10}{described(settings)}")
 
 
 def _checkpoints(options: Any) -> None:

@@ -10,7 +10,9 @@ from raylm.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
+_OWN_RAY = "RAYLM_OWN_RAY"
 LOCAL_ENVIRONMENT = {
+    _OWN_RAY: "1",
     "RAY_worker_niceness": "0",  # Ray's workers run at nice 15 otherwise
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -42,13 +44,20 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
             ) from None
         logger.info("connected to the Ray cluster at %s", remote)
     else:
-        with _environment({**LOCAL_ENVIRONMENT, **(environment or {})}):
+        with environment_variables({**LOCAL_ENVIRONMENT, **(environment or {})}):
             _start_local(ray, num_cpus)
         logger.info("started a local Ray with %d logical CPUs", num_cpus)
+    own = {} if remote else {_OWN_RAY: "1"}
     try:
-        yield ray
+        with environment_variables(own):
+            yield ray
     finally:
         ray.shutdown()
+
+
+def in_own_ray() -> bool:
+    """True in the driver and the workers of a local Ray that this file started: it has no dashboard."""
+    return os.environ.get(_OWN_RAY) == "1"
 
 
 def _start_local(ray: Any, num_cpus: int) -> None:
@@ -81,12 +90,12 @@ def _quiet_ray() -> None:
     import ray.data  # noqa: F401  (it sets its level when it is imported)
 
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    for name in ("ray.data", "ray.train"):
+    for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
     """Sets variables that are not set yet, for the length of the block."""
     added = [name for name in values if name not in os.environ]
     os.environ.update({name: values[name] for name in added})

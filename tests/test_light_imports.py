@@ -28,6 +28,8 @@ HEAVY = (
         ["config", "show", "no-such.yaml"],
         ["train", "no-such.yaml"],
         ["plan", "no-such.yaml"],
+        ["sweep", "--help"],
+        ["sweep", "no-such.yaml"],
         ["vocab", "extend", "--help"],
         ["track", "no-such-run"],
         ["optim", "list"],

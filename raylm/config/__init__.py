@@ -3,7 +3,16 @@
 from raylm.config.inference import GenerateConfig
 from raylm.config.load import dump_yaml, load_config
 from raylm.config.serving import ServeConfig
+from raylm.config.sweep import SweepConfig
 from raylm.config.tree import TrainConfig
 from raylm.config.vocabulary import VocabularyConfig
 
-__all__ = ["GenerateConfig", "ServeConfig", "TrainConfig", "VocabularyConfig", "dump_yaml", "load_config"]
+__all__ = [
+    "GenerateConfig",
+    "ServeConfig",
+    "SweepConfig",
+    "TrainConfig",
+    "VocabularyConfig",
+    "dump_yaml",
+    "load_config",
+]

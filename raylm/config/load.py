@@ -29,7 +29,7 @@ def load_config(
     elif isinstance(source, Mapping):
         where, tree = kind.__name__, _plain(source)
     else:
-        where, tree = str(source), _read_yaml(Path(str(source)))
+        where, tree = str(source), read_yaml(Path(str(source)))
     for key, value in _parse_overrides(overrides):
         _set(tree, key, value)
     try:
@@ -56,7 +56,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as it stands, not validated. Raises ConfigError with the line of a fault."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -60,6 +60,7 @@ class WorkerHooks:
         self._patience = Patience(job.config.training.early_stopping_patience, former)
         self._watch = Watch(job.run.path, job.deadline, node_goes_away)
         section = job.config.checkpoint
+        self._step = start_step
         self._checkpoints = CheckpointWriter(
             job.run.checkpoints,
             rank=strategy.rank,
@@ -98,6 +99,7 @@ class WorkerHooks:
         """See Hooks."""
         if self._profiler is not None:
             self._profiler.before_step(step)
+        self._step = step
         if self._switch is not None:
             self._switch(step)
 
@@ -146,7 +148,7 @@ class WorkerHooks:
 
     def wants_stop(self) -> Stop:
         """See Hooks."""
-        return self._watch.reason()
+        return self._watch.reason(self._step, self.alive)
 
     def evaluated(self, result: EvalResult) -> Stop:
         """See Hooks."""

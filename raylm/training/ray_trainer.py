@@ -12,11 +12,10 @@ from raylm import errors
 from raylm.config import TrainConfig
 from raylm.data.stream import MicroBatch, micro_batches, ordered_stream, split_in_turn, to_micro_batch
 from raylm.errors import ClusterError, RaylmError, TrainingError
+from raylm.ray_session import in_own_ray
 from raylm.training.checkpoint import newest_checkpoint, read_meta
-from raylm.training.hardware import keep_freed_memory
 from raylm.training.job import WorkerData, WorkerJob, write_failure
 from raylm.training.run_dir import CONFIG_FILE, RunDir
-from raylm.training.worker import run_worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,10 @@ class Resources:
     num_workers: int | tuple[int, int]
     cpus_per_worker: int
     use_gpu: bool
+    gpus_per_worker: float = 1.0
+    """Of each where use_gpu is set; parts of one are for runs beside each other."""
+    threads: int | None = None
+    """Of each worker on a CPU; default: the machine's cores divided by its workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +74,19 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
     Raises the RaylmError a worker stopped for, or TrainingError.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     config = job.config
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _train_function,
-        train_loop_config={"job": job, "evaluation": data.evaluation},
+        train_loop_config={"job": job, "evaluation": data.evaluation, "threads": resources.threads},
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": resources.cpus_per_worker, **({"GPU": 1} if resources.use_gpu else {})},
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.use_gpu else {}),
+            },
             elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
         torch_config=TorchConfig(backend=_backend(config, resources)),
@@ -103,6 +109,27 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
         _raise_failure(job.run)
         raise _as_training_error(error, job.run) from error
     _raise_failure(job.run)
+
+
+def _trainer_class() -> Any:
+    """Ray Train's trainer, without its watchman where that one cannot see.
+
+    A detached actor asks Ray's state API whether the controller lives, to remove its placement group if not. The Ray
+    that ray_session.py starts has no such API: the question takes 40 s to fail, and a run waits up to 12 s for it at
+    its end (Ray 2.60, placement_group_callback.py). The group goes with that Ray.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    if not in_own_ray():
+        return TorchTrainer
+
+    class Unwatched(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    return Unwatched
 
 
 class _StreamFactory:
@@ -158,6 +185,10 @@ def _train_function(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    # Not above: the driver and Ray Train's controller import this file too, and need no model code.
+    from raylm.training.hardware import keep_freed_memory
+    from raylm.training.worker import run_worker
+
     job: WorkerJob = settings["job"]
     if job.run.failure.exists():
         return
@@ -172,7 +203,8 @@ def _train_function(settings: dict[str, Any]) -> None:
         else:
             device = torch.device("cpu")
             keep_freed_memory()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        torch.set_num_threads(settings["threads"] or share)
         rank, world_size = context.get_world_rank(), context.get_world_size()
         data = WorkerData(
             train=lambda: micro_batches(ray.train.get_dataset_shard("train"), job.config.training.micro_batch_size),

@@ -7,18 +7,16 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from raylm.config import TrainConfig
-from raylm.data.plan import RunPlan, plan_run
+from raylm.data.plan import RunPlan
 from raylm.data.remote import scheme_of, shown
-from raylm.data.report import DataReport
 from raylm.errors import CheckpointError
 from raylm.ray_session import ray_session
 from raylm.training.before_start import check_before_start, with_absolute_paths
 from raylm.training.checkpoint import check_identity, newest_checkpoint, read_meta
+from raylm.training.datasets import PreparedData, order_of, prepare_data
 from raylm.training.metrics import EventsWriter, final_figures, plot_losses
 from raylm.training.mirror import fetch, newest_in_mirror
 from raylm.training.progress import watch_run
@@ -26,6 +24,9 @@ from raylm.training.report.write import write_report
 from raylm.training.run_dir import RunDir, open_run_dir
 from raylm.training.sinks.follow import send_figures
 from raylm.training.stopping import DESCRIPTIONS, Stop, stop_on_sigterm
+
+if TYPE_CHECKING:
+    from raylm.training.job import WorkerJob
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +76,12 @@ def run_training(config: TrainConfig) -> TrainResult:
             check_fp16(on_gpu=resources.use_gpu)
         clock.lap("start_ray")
         events.write("tokenising")
-        store, report, evaluation = _prepare_data(config, tokenizer_source, run)
-        plan = order_of(config, store.lengths, store.weights)
-        job = replace(_job(config, run, plan, store, report), deadline=deadline)
+        data = prepare_data(config, tokenizer_source, run.path)
+        plan = order_of(config, data.store.lengths, data.store.weights)
+        job = replace(make_job(config, run, data, plan), deadline=deadline)
         clock.lap("tokenise")
         with stop_on_sigterm(run.path), send_figures(config, run.path) as following:
-            fit(job, TrainData(ray.put(store), ray.put(plan), evaluation), resources)
+            fit(job, TrainData(ray.put(data.store), ray.put(plan), data.evaluation), resources)
             events.write("closing the sinks")
         clock.lap("train")
     plot_losses(run.path, run.path / "loss.png")
@@ -100,7 +101,7 @@ def run_training(config: TrainConfig) -> TrainResult:
         steps=read_meta(newest).step if newest else plan.num_steps,
         stopped=stopped,
         metrics=final_figures(run.path),
-        data=report.summary(),
+        data=data.report.summary(),
         seconds=clock.laps,
         report=written.html,
     )
@@ -122,74 +123,25 @@ def _session(config: TrainConfig, local_cpus: int, events: EventsWriter) -> Any:
     return ray_session(config.cluster.address, num_cpus=local_cpus)
 
 
-def _prepare_data(config: TrainConfig, source: Any, run: RunDir) -> tuple[Any, DataReport, list[Any]]:
-    import ray
+def make_job(config: TrainConfig, run: RunDir, data: PreparedData, plan: RunPlan) -> "WorkerJob":
+    """What the workers of a run are told; writes data.json and looks for the checkpoint to go on from.
 
-    from raylm.data.store import tokenize_files
-    from raylm.data.stream import materialized_blocks, ordered_stream
-
-    section, micro = config.data, config.training.micro_batch_size
-    store, report = tokenize_files(section.train, section, source, seed=config.run.seed)
-    report.write_rejected(run.path / "rejected.jsonl")
-    report.check("data.train", on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
-    logger.info("data.train: %s", report.describe())
-    blocks: list[Any] = []
-    if section.eval:
-        eval_store, eval_report = tokenize_files(section.eval, section, source, seed=config.run.seed)
-        eval_report.write_rejected(run.path / "rejected-eval.jsonl")
-        (run.path / "data-eval.json").write_text(json.dumps(eval_report.summary(), indent=1))
-        logger.info("data.eval: %s", eval_report.describe())
-        eval_report.check("data.eval", on_bad_row=section.on_bad_row, max_bad_share=section.max_bad_share)
-        plan = plan_run(
-            eval_store.lengths,
-            max_seq_len=section.max_seq_len,
-            packing=section.packing,
-            shuffle=False,
-            seed=0,
-            num_epochs=1,
-            global_batch_size=micro,
-        )
-        stream = ordered_stream(
-            ray.put(eval_store),
-            ray.put(plan),
-            start_step=0,
-            num_steps=plan.num_steps,
-            global_batch_size=micro,
-            micro_batch_size=micro,
-        )
-        blocks = materialized_blocks(stream)
-    return store, report, blocks
-
-
-def order_of(config: TrainConfig, lengths: np.ndarray, weights: np.ndarray | None) -> RunPlan:
-    """The order of a run over sequences of these lengths, each used as often in an epoch as its weight says."""
-    return plan_run(
-        lengths,
-        max_seq_len=config.data.max_seq_len,
-        packing=config.data.packing,
-        shuffle=config.data.shuffle,
-        seed=config.run.seed,
-        num_epochs=config.training.num_epochs,
-        global_batch_size=config.training.global_batch_size,
-        max_steps=config.training.max_steps,
-        weights=weights,
-    )
-
-
-def _job(config: TrainConfig, run: RunDir, plan: RunPlan, store: Any, report: DataReport) -> Any:
+    plan: the order over these data. Raises CheckpointError.
+    """
     from raylm.training.job import WorkerJob
 
-    summary = {**report.summary(), "files": list(store.file_names), "num_steps": plan.num_steps}
+    summary = {**data.report.summary(), "files": list(data.store.file_names), "num_steps": plan.num_steps}
     (run.path / "data.json").write_text(json.dumps(summary, indent=1))
-    identity = _identity(config, store, report)
+    identity = identity_of(config, data)
     start_from = _resume_point(config, run, identity)
     steps_per_epoch = tuple(plan.steps_in_epoch(epoch) for epoch in range(len(plan.epochs)))
     return WorkerJob(config, run, plan.num_steps, steps_per_epoch, identity, start_from)
 
 
-def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, Any]:
+def identity_of(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
     """What resuming may not change: everything that the numbers of a step depend on, and the data themselves."""
     tree = config.model_dump(mode="json")
+    rows = hashlib.sha256(data.store.lengths.tobytes() + str(data.report.loss_tokens).encode())
     identity = {
         "model.path": tree["model"]["path"],
         "model.rope": tree["model"]["rope"],
@@ -209,7 +161,7 @@ def _identity(config: TrainConfig, store: Any, report: DataReport) -> dict[str, 
         "training.ema_decay": tree["training"]["ema_decay"],
         "lisa": config.lisa_or_default.model_dump(mode="json") if config.training.method == "lisa" else None,
         "lora": config.lora_or_default.model_dump(mode="json") if config.method.adapter else None,
-        "data (its rows)": hashlib.sha256(store.lengths.tobytes() + str(report.loss_tokens).encode()).hexdigest(),
+        "data (its rows)": rows.hexdigest(),
     }
     return dict(json.loads(json.dumps(identity)))
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 STOP_FILE = "stop"
+HOLD_FILE = "hold"
+"""Holds a step: whoever runs the training has something to decide before it goes beyond."""
+_HOLD_POLL_S = 0.05
 
 
 class Stop(IntEnum):
@@ -59,9 +62,16 @@ class Watch:
         """deadline: in seconds since the epoch. node_goes_away: whether a node of this run has notice to quit."""
         self._file, self._deadline = run_dir / STOP_FILE, deadline
         self._node_goes_away, self._saved = node_goes_away, False
+        self._hold = run_dir / HOLD_FILE
 
-    def reason(self) -> Stop:
-        """Whether the run should end after the step at hand."""
+    def reason(self, step: int = 0, alive: Callable[[str], None] = lambda doing: None) -> Stop:
+        """Whether the run should end after the step at hand. step: steps done; waits while they are held.
+
+        alive: is told now and then while it waits.
+        """
+        while step >= held_step(self._hold.parent) and not self._file.exists():
+            alive(f"is held at step {step}")
+            time.sleep(_HOLD_POLL_S)
         if self._file.exists():
             return Stop.REQUESTED
         if self._deadline is not None and time.time() >= self._deadline:
@@ -72,13 +82,34 @@ class Watch:
         return Stop.NOT
 
 
+def held_step(run_dir: Path) -> float:
+    """The step that a run may not go beyond; infinite where it is not held."""
+    try:
+        return int((run_dir / HOLD_FILE).read_text())
+    except FileNotFoundError:
+        return float("inf")
+
+
+def hold(run_dir: Path, step: int | None) -> None:
+    """Lets a run take steps up to this one and no more; None lets it go."""
+    path = run_dir / HOLD_FILE
+    if step is None:
+        path.unlink(missing_ok=True)
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text(str(step))
+    partial.rename(path)
+
+
 @contextmanager
 def stop_on_sigterm(run_dir: Path) -> Iterator[None]:
-    """While the block runs, SIGTERM asks the run to stop after the step at hand; a second one ends the process.
+    """While the block runs, SIGTERM asks the run to stop after the step at hand; a second one ends the process. What a
+    former driver asked of the run is forgotten.
 
     Only the main thread can take signals; elsewhere nothing changes.
     """
     (run_dir / STOP_FILE).unlink(missing_ok=True)
+    hold(run_dir, None)
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -32,6 +32,7 @@ def test_version_and_help() -> None:
         [],
         ["train"],
         ["plan"],
+        ["sweep"],
         ["serve"],
         ["chat"],
         ["generate"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raylm.cli import _parser
-from raylm.config import TrainConfig, load_config
+from raylm.config import SweepConfig, TrainConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +31,8 @@ def test_a_documented_command_is_valid(page: str, line: str) -> None:
     config = ROOT / str(getattr(options, "config", ""))
     if words[0] in ("train", "plan") and config.is_file():
         load_config(TrainConfig, str(config), [*options.overrides, *extra])
+    elif words[0] == "sweep" and options.config and config.is_file():
+        load_config(SweepConfig, str(config), [*options.overrides, *extra, *(f"set.{item}" for item in options.set)])
     elif "examples/" in line:
         assert all((ROOT / word).exists() for word in words if word.startswith("examples/"))
 

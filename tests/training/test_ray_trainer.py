@@ -6,7 +6,7 @@ import pytest
 from raylm.config import TrainConfig, load_config
 from raylm.errors import ClusterError, DataError
 from raylm.training.job import write_failure
-from raylm.training.ray_trainer import Resources, _raise_failure, plan_resources
+from raylm.training.ray_trainer import Resources, _raise_failure, _trainer_class, plan_resources
 from raylm.training.run_dir import RunDir
 
 
@@ -43,3 +43,16 @@ def test_a_workers_error_reaches_the_driver_as_itself(tmp_path: Path) -> None:
     assert json.loads(run.failure.read_text())["kind"] == "DataError"
     with pytest.raises(DataError, match=r"a\.json: is empty\. Fill it\."):
         _raise_failure(run)
+
+
+@pytest.mark.parametrize(("own", "watched"), [("1", False), ("0", True)])
+def test_only_a_ray_of_ours_goes_without_the_watchman(own: str, watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs Ray's state API, which the Ray that raylm starts does not have."""
+    from ray.train import ScalingConfig
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    monkeypatch.setenv("RAYLM_OWN_RAY", own)
+    trainer = _trainer_class()(print, scaling_config=ScalingConfig(num_workers=1))
+    kinds = [type(callback) for callback in trainer._create_default_callbacks()]
+    assert (PlacementGroupCleanerCallback in kinds) == watched
+    assert len(kinds) > 3

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from raylm.config import TrainConfig, load_config
 from raylm.errors import ConfigError
 from raylm.training import stopping
 from raylm.training.checkpoint import list_checkpoints
-from raylm.training.stopping import STOP_FILE, Patience, Stop, Watch, stop_on_sigterm
+from raylm.training.stopping import STOP_FILE, Patience, Stop, Watch, hold, stop_on_sigterm
 from tests.training.ranks import Ranks, ranks, train_rank
 from tests.training.support import Rows, make_config, run_in_process
 
@@ -43,6 +44,38 @@ def test_the_clock_and_the_file_ask_for_a_stop(tmp_path: Path) -> None:
     assert Watch(tmp_path, time.time() - 1).reason() == Stop.TIME_LIMIT
     (tmp_path / STOP_FILE).touch()
     assert Watch(tmp_path, time.time() - 1).reason() == Stop.REQUESTED
+
+
+def test_a_held_run_waits_before_the_next_step(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Held at step 2 it takes no third step until it is let on; its numbers are those of a run that was not held."""
+    settings = ["training.max_steps=4", "checkpoint.interval_steps=1", "checkpoint.keep_last=9"]
+    free = run_in_process(make_config(tiny_model_dir, tmp_path / "free", *settings), ROWS)
+    (tmp_path / "held").mkdir()
+    hold(tmp_path / "held", 2)
+    seen: list[int] = []
+
+    def let_on() -> None:
+        while len(_steps(tmp_path / "held")) < 2:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        seen.append(len(_steps(tmp_path / "held")))
+        hold(tmp_path / "held", None)
+
+    other = threading.Thread(target=let_on)
+    other.start()
+    held = run_in_process(make_config(tiny_model_dir, tmp_path / "held", *settings), ROWS)
+    other.join()
+    assert seen == [2]
+    assert _losses(held) == _losses(free)
+
+
+def test_who_is_told_to_stop_need_not_be_let_on(tmp_path: Path) -> None:
+    hold(tmp_path, 3)
+    assert Watch(tmp_path, None).reason(2) == Stop.NOT
+    (tmp_path / STOP_FILE).touch()
+    assert Watch(tmp_path, None).reason(3) == Stop.REQUESTED
+    with stop_on_sigterm(tmp_path):
+        assert Watch(tmp_path, None).reason(99) == Stop.NOT  # what a former driver asked is forgotten
 
 
 def test_sigterm_asks_once_and_then_ends(tmp_path: Path) -> None:
@@ -86,7 +119,7 @@ def _stopped_at(rank: int, world_size: int, config: TrainConfig, rows: Rows, ste
     former = Watch.reason
     seen: list[int] = []
 
-    def reason(self: Watch) -> Stop:
+    def reason(self: Watch, *_: object) -> Stop:
         assert rank == 0, "only rank 0 looks"
         seen.append(1)
         return Stop.REQUESTED if len(seen) == step else Stop.NOT

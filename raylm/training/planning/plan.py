@@ -9,11 +9,11 @@ from raylm.data.survey import Survey, survey
 from raylm.errors import ConfigError
 from raylm.optim.schedules import learning_rate_factor
 from raylm.training.before_start import check_before_start, with_absolute_paths
+from raylm.training.datasets import order_of
 from raylm.training.hardware import flops_per_token, matmul_peak_flops, matrices, resolve_precision
 from raylm.training.lisa import Lisa
 from raylm.training.module import LossModule
 from raylm.training.planning.memory import Memory, layout_of, memory_table
-from raylm.training.run import order_of
 from raylm.training.run_dir import check_run_dir
 
 PROGRAM_BYTES = 600 * 2**20

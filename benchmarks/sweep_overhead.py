@@ -1,0 +1,184 @@
+"""What a sweep costs beside its trainings, against plain Ray Tune, and what ASHA saves.
+
+    python benchmarks/sweep_overhead.py [--trials 12] [--concurrency 2] [--bare 3] [--peer 4] [--steps 40]
+
+1. `overhead`: wall time of a sweep of equal trials, from the first one's start to the last one's end, over the sum of
+   as many bare trainings divided by the concurrency. A bare training is raylm.train without export, alone, in the Ray
+   that runs already, its data in the cache; `--bare` of them are timed after one to warm up.
+2. `start_s`: from a trial's start to its first step, beside that of the peer: Ray Tune with a function that calls
+   raylm.train, which prepares its data and checks everything in each trial (`peer_s`: its wall time over the sweep's,
+   for `--peer` trials).
+3. ASHA over the same grid of learning rates as a full sweep: `asha_tokens` of the grid's, `asha_loss` over its best.
+
+The last line of stdout is one JSON object.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def _base(folder: Path, steps: int) -> dict[str, Any]:
+    """A tiny model and conversations; steps of some 50 ms."""
+    from tests.conftest import PAIRS
+    from tests.tiny import build_tiny_model
+
+    model = build_tiny_model(folder / "model", hidden_size=64, intermediate_size=256, num_hidden_layers=2)
+    rows = [
+        {"messages": [{"role": "user", "content": question * 3}, {"role": "assistant", "content": answer * 4}]}
+        for question, answer in PAIRS * 8
+    ]
+    for name, part in (("train", rows), ("eval", rows[:16])):
+        (folder / f"{name}.json").write_text(json.dumps({"type": "conversation", "instances": part}))
+    return {
+        "model": {"path": str(model)},
+        "data": {"train": str(folder / "train.json"), "eval": str(folder / "eval.json"), "max_seq_len": 256},
+        "training": {
+            "global_batch_size": 2,
+            "num_epochs": 50,
+            "max_steps": steps,
+            "eval_interval_steps": max(1, steps // 8),
+            "precision": "fp32",
+        },
+        "schedule": {"name": "constant"},
+        "metrics": {"sinks": []},
+        "cluster": {"cpus_per_worker": 1},
+    }
+
+
+def _sweep(folder: Path, base: dict[str, Any], rates: list[float], **settings: Any) -> dict[str, Any]:
+    """A sweep over these rates, and from its journal: wall time of the trials, time to the first step, tokens."""
+    import raylm
+
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.perf_counter()
+    result = raylm.sweep(
+        {
+            "base": base,
+            "dir": str(folder),
+            "space": {"optimizer.learning_rate": {"choice": rates}},
+            "search": "grid",
+            "export_best": False,
+            **settings,
+        }
+    )
+    whole = time.perf_counter() - started
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    starts = {line["number"]: line["time"] for line in lines if line["event"] == "start"}
+    ends = [line["time"] for line in lines if line["event"] == "end"]
+    from raylm.tuning.journal import read_journal
+
+    return {
+        "seconds": max(ends) - min(starts.values()),
+        "whole": whole,
+        "start_s": statistics.median(_first_step(folder / "trials" / f"{n:04d}") - at for n, at in starts.items()),
+        "value": result.value,
+        "tokens": read_journal(folder).tokens,
+        "states": result.states,
+    }
+
+
+def _first_step(run_dir: Path) -> float:
+    from raylm.training.metrics import read_metrics
+
+    return float(next(line["time"] for line in read_metrics(run_dir)))
+
+
+def _bare(folder: Path, base: dict[str, Any], count: int) -> list[float]:
+    """Seconds of each of so many trainings, one after the other; a first one is not counted."""
+    import raylm
+
+    seconds = []
+    for number in range(count + 1):
+        started = time.perf_counter()
+        raylm.train(base, {"run.dir": str(folder / f"bare-{number}"), "export.enabled": False})
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
+def _peer(folder: Path, base: dict[str, Any], rates: list[float], concurrency: int) -> dict[str, float]:
+    """Plain Ray Tune with a function that calls the trainer, which prepares its own data."""
+    from ray import tune
+
+    def trial(settings: dict[str, Any]) -> None:
+        import raylm
+
+        config = settings["one"]
+        overrides = {"run.dir": config["dir"], "export.enabled": False, "optimizer.learning_rate": config["rate"]}
+        began = time.time()
+        result = raylm.train(base, {**overrides, "data.cache": False})
+        tune.report({"value": result.metrics["eval/loss"], "start_s": _first_step(Path(config["dir"])) - began})
+
+    started = time.perf_counter()
+    grid = [{"rate": rate, "dir": str(folder / f"peer-{place}")} for place, rate in enumerate(rates)]
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"cpu": 0}),
+        param_space={"one": tune.grid_search(grid)},
+        tune_config=tune.TuneConfig(max_concurrent_trials=concurrency),
+        run_config=tune.RunConfig(storage_path=str(folder / "peer-tune"), verbose=0),
+    )
+    results = tuner.fit()
+    starts = [one.metrics["start_s"] for one in results if one.metrics and "start_s" in one.metrics]
+    assert len(starts) == len(rates), "the peer's trials failed"
+    return {"seconds": time.perf_counter() - started, "start_s": statistics.median(starts)}
+
+
+def main() -> None:
+    """Runs the three parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--concurrency", type=int, default=2)
+    parser.add_argument("--bare", type=int, default=3, help="bare trainings")
+    parser.add_argument("--peer", type=int, default=4, help="trials of plain Ray Tune, 0 for none")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--skip-asha", action="store_true")
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        os.environ["RAYLM_DATA_CACHE"] = str(folder / "cache")
+        base = _base(folder, options.steps)
+        _measure(folder, base, options, result)
+    print(json.dumps(result))
+
+
+def _measure(folder: Path, base: dict[str, Any], options: argparse.Namespace, result: dict[str, Any]) -> None:
+    import raylm
+
+    concurrency = options.concurrency
+    rates = [10 ** (-4.5 + 3 * place / options.trials) for place in range(options.trials)]
+    with raylm.session(num_cpus=2 * concurrency + 1):
+        full = _sweep(folder / "sweep", base, rates, concurrency=concurrency)
+        print(f"sweep: {full}", flush=True)
+        bare = _bare(folder, base, options.bare)
+        mean = statistics.mean(bare)
+        print(f"bare trainings: {', '.join(f'{one:.1f}' for one in bare)} s", flush=True)
+        result["overhead"] = round(full["seconds"] / (mean * options.trials / concurrency), 3)
+        result["start_s"], result["bare_s"] = round(full["start_s"], 2), round(mean, 2)
+        if options.peer:
+            peer = _peer(folder, base, rates[: options.peer], concurrency)
+            print(f"plain Ray Tune: {peer}", flush=True)
+            share = full["seconds"] * options.peer / options.trials
+            result["peer_s"] = round(peer["seconds"] / share, 2)
+            result["peer_start_s"] = round(peer["start_s"], 2)
+        if not options.skip_asha:
+            scheduler = {"name": "asha", "reduction_factor": 3, "grace_steps": max(1, options.steps // 8)}
+            asha = _sweep(folder / "asha", base, rates, concurrency=concurrency, scheduler=scheduler)
+            print(f"ASHA: {asha}", flush=True)
+            result["asha_tokens"] = round(asha["tokens"] / full["tokens"], 3)
+            result["asha_loss"] = round(asha["value"] / full["value"], 4)
+
+
+if __name__ == "__main__":
+    main()

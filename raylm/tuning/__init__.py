@@ -1,0 +1,1 @@
+"""Sweeps: many trainings over a space of settings, on Ray Tune."""

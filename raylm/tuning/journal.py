@@ -1,0 +1,182 @@
+"""What a sweep has done, one JSON object a line: trials with their settings, reports, ends.
+
+The journal is all that a resumed sweep knows: searcher and scheduler are made anew from it. A line is written before
+anything follows from it, so whatever the driver dies of, a trial that has ended is never run again and no number is
+given twice.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raylm.errors import RunDirError
+from raylm.tuning.space import Settings
+
+JOURNAL_FILE = "journal.jsonl"
+ENDED = ("finished", "stopped", "failed")
+"""States of trials that do not run again. `stopped`: by the scheduler."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A trial's figures at a step where its metric is known. settings: those it was trained with by then."""
+
+    step: int
+    value: float
+    tokens: int
+    seconds: float
+    figures: Mapping[str, float]
+    settings: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Trial:
+    """One trial. state: one of ENDED, else `running` or `unfinished`; reason: why it failed; num_steps: planned."""
+
+    number: int
+    settings: Settings
+    state: str = "unfinished"
+    reason: str = ""
+    reports: list[Report] = field(default_factory=list)
+    num_steps: int | None = None
+    copied_from: list[tuple[int, int]] = field(default_factory=list)
+    """(trial, step) whose checkpoints it went on from, of population based training."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it never runs again."""
+        return self.state in ENDED
+
+    @property
+    def last(self) -> Report | None:
+        """The newest report."""
+        return self.reports[-1] if self.reports else None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it was trained on, those of steps it took again after a copy included."""
+        return sum(
+            report.tokens - (former.tokens if former and former.tokens <= report.tokens else 0)
+            for former, report in zip([None, *self.reports], self.reports, strict=False)
+        )
+
+    def best(self, mode: str) -> Report | None:
+        """The best report ever, the earliest of equals; values that are no numbers never count."""
+        known = [report for report in self.reports if math.isfinite(report.value)]
+        if not known:
+            return None
+        return (min if mode == "min" else max)(known, key=lambda report: report.value)
+
+
+@dataclass(slots=True)
+class SweepState:
+    """All of a sweep. seconds: wall time of its sessions so far."""
+
+    trials: dict[int, Trial] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all trials."""
+        return sum(trial.tokens for trial in self.trials.values())
+
+    def best(self, mode: str) -> tuple[Trial, Report] | None:
+        """The trial with the best report ever, and the report; the lowest number of equals."""
+        found = [(trial, report) for trial in self.trials.values() if (report := trial.best(mode)) is not None]
+        if not found:
+            return None
+        sign = 1 if mode == "min" else -1
+        return min(found, key=lambda pair: (sign * pair[1].value, pair[0].number))
+
+
+class Journal:
+    """Appends to a sweep's journal, and keeps the state it says."""
+
+    def __init__(self, sweep_dir: Path) -> None:
+        self._path = sweep_dir / JOURNAL_FILE
+        self.state = read_journal(sweep_dir)
+        _drop_half_line(self._path)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, event: str, **details: Any) -> None:
+        """One event, on its way to the disk when this returns."""
+        line = {"event": event, "time": round(time.time(), 3), **details}
+        os.write(self._file, (json.dumps(line) + "\n").encode())
+        _apply(self.state, line)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._file)
+
+
+def read_journal(sweep_dir: Path) -> SweepState:
+    """The state of a sweep, going on or not. A last line that was cut off is left out; trials that were running are
+    unfinished."""
+    state = SweepState()
+    session: tuple[float, float] | None = None
+    for line in _lines(sweep_dir / JOURNAL_FILE):
+        if line["event"] == "session":
+            state.seconds += session[1] - session[0] if session else 0.0
+            session = (line["time"], line["time"])
+            for trial in state.trials.values():
+                trial.state = "unfinished" if trial.state == "running" else trial.state
+        elif session:
+            session = (session[0], line["time"])
+        _apply(state, line)
+    state.seconds += session[1] - session[0] if session else 0.0
+    for trial in state.trials.values():
+        trial.state = "unfinished" if trial.state == "running" else trial.state
+    return state
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines()
+    for number, text in enumerate(lines, start=1):
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise RunDirError(f"{path}:{number}", "is damaged.", "Begin a new sweep in another folder.") from None
+
+
+def _drop_half_line(path: Path) -> None:
+    """What a killed driver left of its last line, which the next one would be glued to."""
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _apply(state: SweepState, line: Mapping[str, Any]) -> None:
+    event = line["event"]
+    if event == "trial":
+        state.trials[line["number"]] = Trial(line["number"], dict(line["settings"]))
+        return
+    if event not in ("start", "report", "end", "copy"):
+        return
+    trial = state.trials[line["number"]]
+    if event == "start":
+        trial.state, trial.reason, trial.num_steps = "running", "", line.get("num_steps")
+    elif event == "report":
+        value = line["value"]
+        report = Report(
+            line["step"],
+            math.nan if value is None else value,
+            line["tokens"],
+            line["seconds"],
+            line["figures"],
+            dict(trial.settings),
+        )
+        trial.reports.append(report)
+        trial.num_steps = line.get("num_steps", trial.num_steps)
+    elif event == "copy":
+        trial.settings = dict(line["settings"])
+        trial.copied_from.append((line["source"], line["step"]))
+    else:
+        trial.state, trial.reason = line["state"], line.get("reason", "")

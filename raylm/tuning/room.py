@@ -1,0 +1,103 @@
+"""How many trials run at a time, and whether one can run at all: told at once, never waited for."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raylm.config import TrainConfig
+from raylm.config.sweep import ResourcesSection
+from raylm.errors import ClusterError
+
+DATA_CPUS = 1
+"""Of each trial, for its stream of packed rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a trial takes, and how many fit. gpus: of each worker."""
+
+    workers: int
+    cpus: int
+    gpus: float
+    concurrency: int
+
+    @property
+    def trial_cpus(self) -> int:
+        """CPUs of one trial."""
+        return self.workers * self.cpus + DATA_CPUS
+
+    def resources(self, config: TrainConfig) -> dict[str, Any]:
+        """As training/ray_trainer.py takes them, for a trial with these or fewer workers."""
+        return {
+            "num_workers": config.cluster.max_workers,
+            "cpus_per_worker": self.cpus,
+            "use_gpu": self.gpus > 0,
+            "gpus_per_worker": self.gpus or 1.0,
+            "threads": self.cpus,
+        }
+
+
+def local_cpus(configs: Sequence[TrainConfig], concurrency: int | Literal["auto"]) -> int:
+    """Logical CPUs for a Ray on this machine: with room for the trials at a time, and for their data.
+
+    Raises ClusterError when one trial alone has more workers' CPUs than the machine.
+    """
+    cores = os.cpu_count() or 1
+    workers, cpus = _largest(configs)
+    if workers * cpus > cores:
+        raise ClusterError(
+            "resources",
+            f"a trial takes {workers} x {cpus} CPUs, this machine has {cores}.",
+            "Ask for fewer workers or CPUs, or set cluster.address in the base.",
+        )
+    wanted = max(1, cores // (workers * cpus)) if concurrency == "auto" else concurrency
+    return max(cores, wanted * (workers * cpus + DATA_CPUS))
+
+
+def plan_room(
+    configs: Sequence[TrainConfig],
+    section: ResourcesSection,
+    concurrency: int | Literal["auto"],
+    nodes: Sequence[Mapping[str, float]],
+) -> Room:
+    """The room of a cluster whose nodes have these resources. configs: trainings of the sweep.
+
+    Raises ClusterError for a trial that no node or not the whole cluster has room for, and for too many at a time.
+    """
+    total_cpus = int(sum(node.get("CPU", 0) for node in nodes))
+    total_gpus = sum(node.get("GPU", 0) for node in nodes)
+    workers, cpus = _largest(configs)
+    use = configs[0].cluster.use_gpu
+    default = 1.0 if use is True or (use == "auto" and total_gpus >= workers) else 0.0
+    gpus = default if section.gpus_per_worker is None else section.gpus_per_worker
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        raise ClusterError(
+            "resources",
+            f"no node has {cpus} CPUs and {gpus:g} GPUs, which one worker takes.",
+            "Lower resources.cpus_per_worker or resources.gpus_per_worker.",
+        )
+    needed = workers * cpus + DATA_CPUS
+    room = total_cpus // needed
+    if gpus:
+        room = min(room, int(total_gpus / (workers * gpus) + 1e-9))
+    if room < 1:
+        raise ClusterError(
+            "resources",
+            f"a trial takes {needed} CPUs ({DATA_CPUS} of them for its data) and {workers * gpus:g} GPUs, the cluster "
+            f"has {total_cpus} and {total_gpus:g}.",
+            "Ask for fewer workers, CPUs or GPUs.",
+        )
+    if concurrency != "auto" and concurrency > room:
+        raise ClusterError(
+            "concurrency",
+            f"{concurrency} trials at a time take {concurrency * needed} CPUs and {concurrency * workers * gpus:g} "
+            f"GPUs, the cluster has {total_cpus} and {total_gpus:g}.",
+            f"Set concurrency={room}, or lower resources.",
+        )
+    return Room(workers, cpus, gpus, room if concurrency == "auto" else concurrency)
+
+
+def _largest(configs: Sequence[TrainConfig]) -> tuple[int, int]:
+    workers = max(config.cluster.max_workers for config in configs)
+    return workers, max(config.cluster.cpus_per_worker or 1 for config in configs)

@@ -1,0 +1,128 @@
+"""Ray Tune's schedulers, made for a sweep that may have a past.
+
+A resumed sweep is a new experiment to Ray Tune. `asha` and `median_stop` are told again what trials reported before, so
+their rungs and medians are those of one sweep; `hyperband` and `pbt` begin anew with the trials that go on.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+
+from raylm.config.sweep import SchedulerSection
+from raylm.tuning.journal import SweepState, Trial
+
+STEP, VALUE = "step", "value"
+_NOBODY = SimpleNamespace(get_live_trials=list, search_alg=None)
+"""Stands for Tune's controller while the past is told, when nothing can be paused."""
+
+WAITING = ("hyperband", "pbt")
+"""Schedulers that pause trials for others: all of them are made at once, and Tune runs as many as there is room for."""
+Exchange = Callable[[int, int, int], bool]
+"""Lets a trial go on from another's checkpoint: (trial, source, step) -> whether there was one."""
+
+
+def make_scheduler(
+    section: SchedulerSection, *, mode: str, interval: int | None, max_steps: int, state: SweepState, exchange: Exchange
+) -> TrialScheduler:
+    """The scheduler of a section. interval: steps between reports; max_steps: of the longest trial."""
+    first = section.grace_steps or interval or 1
+    common = {"time_attr": STEP, "metric": VALUE, "mode": mode}
+    makers: Mapping[str, Callable[[], TrialScheduler]] = {
+        "none": FIFOScheduler,
+        "asha": lambda: _remembering(AsyncHyperBandScheduler)(
+            state,
+            **common,
+            grace_period=min(first, section.max_steps or max_steps),
+            max_t=section.max_steps or max_steps,
+            reduction_factor=section.reduction_factor,
+            brackets=section.brackets,
+            stop_last_trials=False,
+        ),
+        "median_stop": lambda: _remembering(MedianStoppingRule)(
+            state, **common, grace_period=first, min_samples_required=section.min_trials
+        ),
+        "hyperband": lambda: HyperBandScheduler(
+            **common,
+            max_t=section.max_steps or max_steps,
+            reduction_factor=section.reduction_factor,
+            stop_last_trials=False,
+        ),
+        "pbt": lambda: Population(
+            exchange,
+            **common,
+            perturbation_interval=section.interval_steps or interval or 1,
+            quantile_fraction=section.quantile,
+        ),
+    }
+    return makers[section.name]()
+
+
+class _Former:
+    """Stands for a trial of a former session; schedulers have trials as keys."""
+
+    def __init__(self, number: int) -> None:
+        self.trial_id = f"former-{number}"
+
+
+def _remembering(kind: type[TrialScheduler]) -> Any:
+    """A scheduler that knows what trials reported in former sessions."""
+
+    class Remembering(kind):
+        def __init__(self, state: SweepState, **options: Any) -> None:
+            super().__init__(**options)
+            self._former = {number: trial for number, trial in state.trials.items() if trial.reports}
+            for trial in list(self._former.values()):
+                if trial.has_ended and trial.state != "failed":
+                    stand_in = _Former(trial.number)
+                    super().on_trial_add(_NOBODY, stand_in)
+                    self._tell(stand_in, trial)
+
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            super().on_trial_add(tune_controller, trial)
+            former = self._former.get(trial.config["number"])
+            if former is not None and not former.has_ended:
+                self._tell(trial, former)
+
+        def _tell(self, stand_in: Any, trial: Trial) -> None:
+            for report in trial.reports:
+                super().on_trial_result(_NOBODY, stand_in, {STEP: report.step, VALUE: report.value})
+
+    return Remembering
+
+
+class Population(PopulationBasedTraining):
+    """Exchanges checkpoints and settings through the sweep's own files; what the settings become is decided there."""
+
+    def __init__(self, exchange: Exchange, **options: Any) -> None:
+        super().__init__(**options, custom_explore_fn=lambda config: config, log_config=False)
+        self._exchange = exchange
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Ray Tune refuses searchers here; the sweep's only numbers trials."""
+        super().on_trial_add(_NOBODY, trial)
+
+    def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
+        step = self._trial_state[trial_to_clone].last_result[STEP]
+        if self._exchange(trial.config["number"], trial_to_clone.config["number"], step):
+            super()._exploit(tune_controller, trial, trial_to_clone)
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return dict(trial.config), {}
+
+
+def seed_schedulers(seed: int) -> None:
+    """Ray Tune draws brackets and partners from the global generators."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)

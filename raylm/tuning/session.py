@@ -1,0 +1,191 @@
+"""A sweep while its driver runs: numbers trials, writes the journal, answers Ray Tune (tune_run.py)."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from raylm.errors import RaylmError
+from raylm.training.checkpoint import checkpoint_name, remove_checkpoint
+from raylm.training.stopping import STOP_FILE
+from raylm.tuning.candidates import Candidates
+from raylm.tuning.journal import Journal, SweepState
+from raylm.tuning.pins import drop_checkpoints, link_checkpoint, newest_pin, pin_path
+from raylm.tuning.plans import TrialPlan, copy_folder, failure_file, write_plan
+from raylm.tuning.room import Room
+from raylm.tuning.search import Search, generator
+from raylm.tuning.space import Settings, described, perturbed
+from raylm.tuning.trackers import Trackers
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """What one driver does for a sweep."""
+
+    def __init__(
+        self, candidates: Candidates, search: Search, journal: Journal, room: Room, *, retry_failed: bool
+    ) -> None:
+        """retry_failed: trials that failed before go on from their newest checkpoint."""
+        self._candidates, self._search, self._journal, self._room = candidates, search, journal, room
+        self.config, self.sweep_dir = candidates.config, candidates.sweep_dir
+        self._waiting = [
+            trial.number
+            for trial in sorted(self.state.trials.values(), key=lambda trial: trial.number)
+            if not trial.has_ended or (retry_failed and trial.state == "failed")
+        ]
+        self._former_seconds, self._started = self.state.seconds, time.monotonic()
+        self._trackers = Trackers()
+        self.interrupted = False
+        self.ended_here = 0
+        """Trials that have ended in this session."""
+        journal.write("session", retry_failed=retry_failed)
+
+    @property
+    def state(self) -> SweepState:
+        """All trials so far."""
+        return self._journal.state
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all sessions."""
+        return self._former_seconds + time.monotonic() - self._started
+
+    @property
+    def seconds_here(self) -> float:
+        """Wall time of this session."""
+        return time.monotonic() - self._started
+
+    def trial_dir(self, number: int) -> Path:
+        """The run directory of a trial."""
+        return self._candidates.trial_dir(number)
+
+    @property
+    def num_trials(self) -> int | None:
+        """Trials there will be; None where time or tokens decide."""
+        limits = [limit for limit in (self.config.budget.trials, self._search.size) if limit is not None]
+        return min(limits, default=None)
+
+    def is_over(self) -> bool:
+        """Whether time or tokens are used up, or somebody asked for an end."""
+        budget = self.config.budget
+        out_of_time = budget.time_s is not None and self.seconds >= budget.time_s
+        return self.interrupted or out_of_time or (budget.tokens is not None and self.state.tokens >= budget.tokens)
+
+    def has_more(self) -> bool:
+        """Whether a trial may be started."""
+        left = self.num_trials is None or len(self.state.trials) < self.num_trials
+        return not self.is_over() and (bool(self._waiting) or left)
+
+    def next_trial(self) -> int | None:
+        """The number of the trial to start next, whose plan is written; None when there is no more."""
+        while not self.is_over():
+            if self._waiting:
+                number = self._waiting.pop(0)
+                settings = self.state.trials[number].settings
+            else:
+                number = len(self.state.trials)
+                if self.num_trials is not None and number >= self.num_trials:
+                    return None
+                suggested = self._search.suggest(number, self.state)
+                if suggested is None:
+                    return None
+                settings = suggested
+                self._journal.write("trial", number=number, settings=settings)
+            if self._plan(number, settings):
+                self._journal.write("start", number=number, num_steps=self.state.trials[number].num_steps)
+                logger.info("trial %d starts: %s", number, described(settings))
+                return number
+        return None
+
+    def _plan(self, number: int, settings: Settings, *, reported: int | None = None) -> bool:
+        """Checks and writes the plan; settings that cannot be are a trial that failed. reported: step of the last
+        report, where it is not the trial's own."""
+        from raylm.training.before_start import with_absolute_paths
+
+        try:
+            config = with_absolute_paths(self._candidates.build(number, settings))
+            self._candidates.check_whole(config, settings)
+        except RaylmError as error:
+            self.ended(number, "failed", str(error))
+            return False
+        self._trackers.start(number, config)
+        if reported is None:
+            last = self.state.trials[number].last
+            reported = last.step if last else 0
+        write_plan(
+            self.sweep_dir,
+            TrialPlan(
+                number,
+                config.model_dump(mode="json"),
+                self._candidates.metric(config),
+                self.config.mode,
+                self._candidates.report_interval(config),
+                self._room.resources(config),
+                tuple(objective.metric for objective in self.config.search.objectives),
+                reported,
+            ),
+        )
+        return True
+
+    def reported(self, number: int, result: dict[str, Any]) -> None:
+        """A trial has reported."""
+        if result.get("is_new"):
+            names = ("step", "value", "tokens", "seconds", "figures", "num_steps")
+            self._journal.write("report", number=number, **{name: result[name] for name in names})
+
+    def ended(self, number: int, state: str, reason: str = "") -> None:
+        """A trial has ended; frees what it need not keep on the disk."""
+        self.ended_here += 1
+        self._trackers.end(number, failed=state == "failed")
+        self._journal.write("end", number=number, state=state, **({"reason": reason} if reason else {}))
+        trial_dir = self._candidates.trial_dir(number)
+        if state == "stopped" and trial_dir.is_dir():
+            (trial_dir / STOP_FILE).touch()
+        last = self.state.trials[number].last
+        shown = f", {last.value:.4g} at step {last.step}" if last else ""
+        logger.info("trial %d %s%s%s", number, state, shown, f": {reason}" if reason else "")
+
+    def close(self) -> None:
+        """No trial runs any more: frees the disk, and lets trackers have what they lack."""
+        self.free_disk()
+        self._trackers.close()
+
+    def failed(self, number: int, otherwise: str) -> None:
+        """A trial has ended with an error. otherwise: the reason when its process left none."""
+        path = failure_file(self.sweep_dir, number)
+        self.ended(number, "failed", path.read_text() if path.is_file() else otherwise)
+
+    def free_disk(self) -> None:
+        """Deletes checkpoints that `keep` does not ask for. Those of trials that may go on stay."""
+        best = self.state.best(self.config.mode)
+        for trial in self.state.trials.values():
+            if trial.state not in ("finished", "stopped"):
+                continue
+            is_best = best is not None and best[0].number == trial.number
+            drop_checkpoints(self._candidates.trial_dir(trial.number), but_best=self.config.keep == "all" or is_best)
+
+    def exchange(self, number: int, source: int, step: int) -> bool:
+        """Lets a trial go on from another's checkpoint, with settings near the other's; False where it has none."""
+        donor = self.state.trials[source]
+        found = pin_path(self._candidates.trial_dir(source), step)
+        checkpoint = found if found.is_dir() else newest_pin(self._candidates.trial_dir(source))
+        if checkpoint is None:
+            return False
+        section, trial = self.config.scheduler, self.state.trials[number]
+        settings = perturbed(
+            self.config.space,
+            self._candidates.base_settings,
+            donor.settings,
+            generator(self.config.seed, number, f"copy {len(trial.copied_from)}"),
+            factors=section.factors,
+            resample_probability=section.resample_probability,
+        )
+        step = int(checkpoint.name.removeprefix("step-"))
+        folder = copy_folder(self.sweep_dir, number)
+        for former in folder.glob("step-*"):
+            remove_checkpoint(former)
+        link_checkpoint(checkpoint, folder / checkpoint_name(step))
+        self._journal.write("copy", number=number, source=source, step=step, settings=settings)
+        logger.info("trial %d goes on from step %d of trial %d: %s", number, step, source, described(settings))
+        return self._plan(number, settings, reported=step)

@@ -1,0 +1,119 @@
+"""The trainings of a sweep are held against everything that is known before Ray starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylm.config import SweepConfig, load_config
+from raylm.errors import ConfigError, DataError, ModelError, RaylmError
+from raylm.tuning.candidates import Candidates
+from tests.conftest import PAIRS
+
+
+@pytest.fixture
+def settings(tiny_model_dir: Path, write_dataset: Any, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "base": {
+            "model": {"path": str(tiny_model_dir)},
+            "data": {"train": str(write_dataset(PAIRS)), "max_seq_len": 64},
+            "training": {"global_batch_size": 4, "max_steps": 4},
+        },
+        "dir": str(tmp_path / "sweep"),
+        "space": {"optimizer.learning_rate": {"loguniform": [1e-5, 1e-3]}},
+        "budget": {"trials": 4},
+    }
+
+
+def candidates(settings: dict[str, Any], overrides: dict[str, Any] | None = None) -> Candidates:
+    config = load_config(SweepConfig, settings, overrides or {})
+    return Candidates(config, Path(config.dir))
+
+
+def test_a_trial_has_its_own_folder_and_leaves_no_model(settings: dict[str, Any], tmp_path: Path) -> None:
+    found = candidates(settings, {"set": {"training.max_steps": 2}, "resources.num_workers": 2})
+    found.check()
+    trial = found.build(3, {"optimizer.learning_rate": 5e-4})
+    assert trial.run.dir == str(tmp_path / "sweep" / "trials" / "0003")
+    assert trial.optimizer.learning_rate == 5e-4
+    assert trial.training.max_steps == 2
+    assert trial.cluster.num_workers == 2
+    assert trial.cluster.cpus_per_worker == 1
+    assert not trial.export.enabled
+    assert (trial.metrics.group, trial.metrics.run_name) == ("sweep", "sweep-0003")
+    assert found.metric(trial) == "train/loss"
+    assert found.report_interval(trial) is None
+
+
+def test_every_reported_loss_has_a_checkpoint(settings: dict[str, Any], write_dataset: Any) -> None:
+    evaluation = {"set": {"data.eval": str(write_dataset(PAIRS[:4], "e.json")), "training.eval_interval_steps": 2}}
+    found = candidates(settings, evaluation)
+    trial = found.build(0, {})
+    assert found.metric(trial) == "eval/loss"
+    assert (trial.checkpoint.interval_steps, found.report_interval(trial)) == (2, 2)
+    with pytest.raises(ConfigError, match=r"3 does not divide training.eval_interval_steps=2"):
+        candidates(settings, {"set": {**evaluation["set"], "checkpoint.interval_steps": 3}}).check()
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "message"),
+    [
+        (
+            {"space.optimizer.learnin_rate": {"choice": [1]}},
+            ConfigError,
+            "unknown key optimizer.learnin_rate. Did you mean optimizer.learning_rate",
+        ),
+        (
+            {"space.optimizer.weight_decay": {"uniform": [-1, 1]}},
+            ConfigError,
+            "trial with .*weight_decay=-1: .*equal to 0",
+        ),
+        ({"space.run.dir": {"choice": ["a"]}}, ConfigError, "space.run.dir: is set by the sweep"),
+        ({"set.training.resume": "auto"}, ConfigError, "set.training.resume: is set by the sweep"),
+        ({"base.training.resume": "auto"}, ConfigError, "excludes a sweep, whose trials begin anew"),
+        ({"set.optimizer.learning_rate": 1}, ConfigError, "is in the space as well"),
+        ({"space.optimizer.name": {"choice": ["adamw", "lyon"]}}, ConfigError, "'lyon' is not an optimizer. Did you"),
+        (
+            {"space.optimizer.name": {"choice": ["adamw", "schedulefree_sgd"]}},
+            ConfigError,
+            "trial with .*optimizer.name=schedulefree_sgd: .*excludes schedule.name=cosine",
+        ),
+        ({"space.data.max_seq_len": {"integers": [64, 512]}}, ModelError, "512 is above the 256 positions"),
+        ({"space.data.train": {"choice": ["absent.json"]}}, DataError, "absent.json: there is no such file"),
+        ({"metric": "eval/loss"}, ConfigError, "metric: eval/loss needs data.eval"),
+        ({"metric": "loss"}, ConfigError, "'loss' is no figure of a run"),
+        ({"scheduler": "asha"}, ConfigError, "they report at their end only. Set checkpoint.interval_steps"),
+        (
+            {
+                "scheduler": "pbt",
+                "set.checkpoint.interval_steps": 2,
+                "space.training.global_batch_size": {"choice": [2, 4]},
+            },
+            ConfigError,
+            "training.global_batch_size: cannot change within a training",
+        ),
+        ({"space.optimizer.eps": {"choice": [1], "when": {"optimizer.nam": 1}}}, ConfigError, "optimizer.nam: is no"),
+        ({"base.cluster": {"num_workers": [1, 2]}, "set.training.global_batch_size": 4}, ConfigError, "is elastic"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_starts(
+    settings: dict[str, Any], override: dict[str, Any], kind: type[RaylmError], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        candidates(settings, override).check()
+
+
+def test_every_point_of_a_grid_is_built(settings: dict[str, Any]) -> None:
+    grid = {
+        "search": "grid",
+        "space": {
+            "training.global_batch_size": {"choice": [1, 2, 3, 4]},
+            "training.micro_batch_size": {"choice": [1, 2]},
+        },
+    }
+    with pytest.raises(ConfigError, match=r"global_batch_size=1 training.micro_batch_size=2: .*multiple"):
+        candidates({**settings, **grid}).check()
+    grid["space"]["training.micro_batch_size"]["when"] = {"training.global_batch_size": [2, 4]}  # type: ignore[index]
+    found = candidates({**settings, **grid})
+    found.check()
+    assert len(found.points()) == 6

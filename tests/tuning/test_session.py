@@ -1,0 +1,200 @@
+"""What a driver does between Ray Tune's questions: numbers, plans, budgets, exchanges, the table. No Ray here."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raylm.config import SweepConfig, load_config
+from raylm.errors import RunDirError
+from raylm.training.checkpoint import CheckpointMeta, checkpoint_name
+from raylm.training.checkpoint_writer import CheckpointWriter
+from raylm.tuning.candidates import Candidates
+from raylm.tuning.journal import Journal, read_journal
+from raylm.tuning.pins import pin
+from raylm.tuning.plans import copy_folder, failure_file, read_plan
+from raylm.tuning.progress import SweepView, watch_sweep
+from raylm.tuning.room import Room
+from raylm.tuning.run import resume_sweep, run_sweep
+from raylm.tuning.running import _Figures
+from raylm.tuning.search import make_search
+from raylm.tuning.session import Session
+from tests.conftest import PAIRS
+
+
+@pytest.fixture
+def settings(tiny_model_dir: Path, write_dataset: Any, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "base": {
+            "model": {"path": str(tiny_model_dir)},
+            "data": {"train": str(write_dataset(PAIRS)), "max_seq_len": 64},
+            "training": {"global_batch_size": 4, "max_steps": 4},
+            "checkpoint": {"interval_steps": 2},
+            "metrics": {"sinks": []},
+        },
+        "dir": str(tmp_path / "sweep"),
+        "space": {"optimizer.learning_rate": {"loguniform": [1e-5, 1e-3]}},
+        "budget": {"trials": 3},
+    }
+
+
+def session(settings: dict[str, Any], *, retry_failed: bool = False, **overrides: Any) -> Session:
+    config = load_config(SweepConfig, {**settings, **overrides})
+    folder = Path(config.dir)
+    folder.mkdir(exist_ok=True)
+    candidates = Candidates(config, folder)
+    return Session(candidates, make_search(candidates), Journal(folder), Room(1, 1, 0.0, 2), retry_failed=retry_failed)
+
+
+def report(step: int, value: float, tokens: int = 10) -> dict[str, Any]:
+    figures = {"train/loss": value}
+    return {
+        "step": step,
+        "value": value,
+        "tokens": tokens,
+        "seconds": 1.0,
+        "figures": figures,
+        "num_steps": 4,
+        "is_new": True,
+    }
+
+
+def test_trials_are_numbered_up_to_the_budget_and_planned(settings: dict[str, Any]) -> None:
+    first = session(settings)
+    assert [first.next_trial() for _ in range(4)] == [0, 1, 2, None]
+    plan = read_plan(first.sweep_dir, 1)
+    assert (plan.metric, plan.interval, plan.reported, plan.resources["threads"]) == ("train/loss", 2, 0, 1)
+    assert plan.config.optimizer.learning_rate == first.state.trials[1].settings["optimizer.learning_rate"]
+    assert plan.config.run.dir == str(first.sweep_dir / "trials" / "0001")
+
+
+def test_a_resumed_session_gives_unfinished_trials_first_and_ended_ones_never(settings: dict[str, Any]) -> None:
+    """T01, T05."""
+    first = session(settings)
+    assert [first.next_trial() for _ in range(3)] == [0, 1, 2]
+    first.reported(0, report(2, 1.0))
+    first.ended(0, "finished")
+    failure_file(first.sweep_dir, 1).write_text("out of memory")
+    first.failed(1, "unknown")
+    first.reported(2, report(2, 0.5))
+    second = session(settings)
+    assert second.state.trials[1].reason == "out of memory"
+    assert [second.next_trial(), second.next_trial()] == [2, None]
+    assert read_plan(second.sweep_dir, 2).reported == 2
+    assert second.state.trials[2].settings == first.state.trials[2].settings
+    third = session(settings, retry_failed=True, budget={"trials": 4})
+    assert [third.next_trial() for _ in range(4)] == [1, 2, 3, None]
+    assert not failure_file(third.sweep_dir, 1).exists()
+
+
+def test_the_first_of_several_budgets_ends_a_sweep(settings: dict[str, Any]) -> None:
+    tokens = session(settings, budget={"tokens": 25})
+    assert tokens.next_trial() == 0
+    tokens.reported(0, report(2, 1.0, tokens=20))
+    assert not tokens.is_over()
+    tokens.reported(0, report(4, 1.0, tokens=30))
+    assert tokens.is_over()
+    assert tokens.next_trial() is None
+    assert session({**settings, "dir": settings["dir"] + "-2"}, budget={"time_s": 1e-9}).next_trial() is None
+
+
+def test_settings_that_cannot_be_are_a_failed_trial_with_its_reason(settings: dict[str, Any]) -> None:
+    """Between the corners that were checked: no multiple of the micro-batch."""
+    space = {"training.global_batch_size": {"integers": [2, 4]}}
+    found = session(settings, space=space, set={"training.micro_batch_size": 2}, budget={"trials": 9})
+    started = [number for number in iter(found.next_trial, None)]
+    failed = [trial for trial in found.state.trials.values() if trial.state == "failed"]
+    assert failed
+    assert len(started) + len(failed) == 9
+    assert "must be a multiple of micro_batch_size" in failed[0].reason
+
+
+def test_an_exchange_copies_checkpoint_and_settings(settings: dict[str, Any]) -> None:
+    import torch
+
+    from raylm.training.state import Piece
+
+    pbt = {"name": "pbt", "interval_steps": 2, "resample_probability": 0.0}
+    found = session(settings, scheduler=pbt)
+    assert [found.next_trial(), found.next_trial()] == [0, 1]
+    assert not found.exchange(1, 0, 2)  # nothing to copy yet
+    writer = CheckpointWriter(found.trial_dir(0) / "checkpoints", asynchronous=False)
+    writer.save({"w": Piece(torch.ones(2), 0, (2,))}, CheckpointMeta(2, {}))
+    pin(found.trial_dir(0), found.trial_dir(0) / "checkpoints" / checkpoint_name(2), 2, 0.1, "min")
+    assert found.exchange(1, 0, 2)
+    assert (copy_folder(found.sweep_dir, 1) / checkpoint_name(2) / "checkpoint.json").is_file()
+    donor, copy = (found.state.trials[n].settings["optimizer.learning_rate"] for n in (0, 1))
+    assert any(math.isclose(copy, min(max(donor * factor, 1e-5), 1e-3)) for factor in (0.8, 1.25))
+    assert read_plan(found.sweep_dir, 1).reported == 2
+    assert read_plan(found.sweep_dir, 1).config.optimizer.learning_rate == copy
+    assert read_journal(found.sweep_dir).trials[1].copied_from == [(0, 2)]
+
+
+def test_the_table_shows_settings_steps_best_and_time_left(settings: dict[str, Any]) -> None:
+    found = session(settings)
+    assert [found.next_trial(), found.next_trial()] == [0, 1]
+    found.reported(0, report(2, 1.25))
+    found.reported(0, report(4, 1.5))
+    found.ended(0, "finished")
+    found.trial_dir(1).mkdir(parents=True)
+    found.reported(1, report(2, 2.0))
+    (found.trial_dir(1) / "metrics.jsonl").write_text(json.dumps({"step": 3, "train/step_s": 7.0}) + "\n")
+    view = SweepView(found)
+    running, ended = view.rows()
+    assert running[:1] + running[2:] == ("1", "running", "3/4", "2", "7 s")
+    assert ended[:1] + ended[2:] == ("0", "finished", "4/4", "1.25", "")
+    assert ended[1].startswith("optimizer.learning_rate=")
+    assert view.summary().startswith("2 of 3 trials: 1 finished, 1 running; best 1.25 (trial 0, step 2); about ")
+
+
+def test_a_terminal_gets_a_table_and_a_log_gets_lines(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = session(settings)
+    found.next_trial()
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    with watch_sweep(found, terminal):
+        pass
+    assert "settings" in terminal.getvalue()
+    with caplog.at_level("INFO"), watch_sweep(found, io.StringIO()):
+        pass
+    assert "1 of 3 trials: 1 running" in caplog.text
+
+
+def test_reports_come_at_their_steps_with_the_figures_up_to_them(settings: dict[str, Any], tmp_path: Path) -> None:
+    found = session(settings)
+    found.next_trial()
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [
+        {"step": step, "train/loss": 4.0 - step, "train/tokens": 10, "train/step_s": 0.5, "memory/host_gib": 1.0 + step}
+        for step in (1, 2, 3, 4, 5)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = _Figures(run, read_plan(found.sweep_dir, 0))
+    figures.read()
+    assert figures.next_step(0, 5, ended=False) == 2
+    assert figures.next_step(2, 5, ended=False) == 4
+    assert figures.next_step(4, 5, ended=False) == 5
+    assert figures.next_step(4, 9, ended=False) is None
+    assert figures.next_step(4, 9, ended=True) == 5  # it ended early
+    assert figures.totals(4) == (40, 2.0)
+    assert figures.at(2) == {**{k: v for k, v in lines[1].items() if "/" in k}, "time_s": 1.0, "memory_gib": 3.0}
+
+
+def test_a_folder_with_something_in_it_is_left_alone(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = load_config(SweepConfig, settings)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "precious.txt").write_text("x")
+    with pytest.raises(RunDirError, match="holds something else than a sweep"):
+        run_sweep(config)
+    with pytest.raises(RunDirError, match="holds no sweep"):
+        resume_sweep(tmp_path / "sweep")
