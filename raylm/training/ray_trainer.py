@@ -77,7 +77,7 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
     from ray.train.torch import TorchConfig
 
     config = job.config
-    trainer = _trainer_class()(
+    trainer = _trainer_class(job.run.placement_group)(
         _train_function,
         train_loop_config={"job": job, "evaluation": data.evaluation, "threads": resources.threads},
         scaling_config=ScalingConfig(
@@ -111,25 +111,45 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
     _raise_failure(job.run)
 
 
-def _trainer_class() -> Any:
+def _trainer_class(note: Path) -> Any:
     """Ray Train's trainer, without its watchman where that one cannot see.
 
     A detached actor asks Ray's state API whether the controller lives, to remove its placement group if not. The Ray
     that ray_session.py starts has no such API: the question takes 40 s to fail, and a run waits up to 12 s for it at
-    its end (Ray 2.60, placement_group_callback.py). The group goes with that Ray.
+    its end (Ray 2.60, placement_group_callback.py). The group goes with that Ray; who runs several trainings on it, and
+    outlives their processes, calls `free_group`. note: where the group's id is written for that.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
     if not in_own_ray():
         return TorchTrainer
 
+    class Note(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+            note.write_text(group.id.hex())
+
     class Unwatched(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
-            return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+            return [*(one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)), Note()]
 
     return Unwatched
+
+
+def free_group(run: RunDir) -> None:
+    """Removes what a training whose process was lost still holds of the cluster, where nobody else does. Harmless for
+    one that has ended."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    if run.placement_group.is_file():
+        group = PlacementGroup(PlacementGroupID.from_hex(run.placement_group.read_text()))
+        if placement_group_table(group).get("state") not in (None, "REMOVED"):
+            remove_placement_group(group)
+        run.placement_group.unlink()
 
 
 class _StreamFactory:

@@ -59,6 +59,11 @@ class RunDir:
         return self.path / "ranks"
 
     @property
+    def placement_group(self) -> Path:
+        """The hexadecimal id of the placement group that the workers have, where nobody but the caller frees it."""
+        return self.path / "placement_group"
+
+    @property
     def stuck(self) -> Path:
         """Which rank held the others up, when one did last."""
         return self.path / "stuck.txt"

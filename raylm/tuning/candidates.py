@@ -100,6 +100,8 @@ class Candidates:
             "run.storage_path": None,
             "run.overwrite": False,
             "export.enabled": False,
+            # Each trial's own: a mirror holds what one run has, and no more.
+            "checkpoint.mirror": found.checkpoint.mirror and f"{found.checkpoint.mirror.rstrip('/')}/{number:04d}",
             "checkpoint.interval_steps": found.checkpoint.interval_steps or interval,
             "metrics.run_name": name,
             "metrics.group": found.metrics.group or self.sweep_dir.name,

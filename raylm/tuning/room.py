@@ -78,14 +78,14 @@ def plan_room(
             "Lower resources.cpus_per_worker or resources.gpus_per_worker.",
         )
     needed = workers * cpus + DATA_CPUS
-    room = total_cpus // needed
-    if gpus:
-        room = min(room, int(total_gpus / (workers * gpus) + 1e-9))
+    # A worker lies on one node, and a share of a GPU on one GPU.
+    slots = sum(_slots(node, cpus, gpus) for node in nodes)
+    room = min(total_cpus // needed, slots // workers)
     if room < 1:
         raise ClusterError(
             "resources",
             f"a trial takes {needed} CPUs ({DATA_CPUS} of them for its data) and {workers * gpus:g} GPUs, the cluster "
-            f"has {total_cpus} and {total_gpus:g}.",
+            f"has {total_cpus} and {total_gpus:g}, room for {slots} workers on its nodes.",
             "Ask for fewer workers, CPUs or GPUs.",
         )
     if concurrency != "auto" and concurrency > room:
@@ -96,6 +96,15 @@ def plan_room(
             f"Set concurrency={room}, or lower resources.",
         )
     return Room(workers, cpus, gpus, room if concurrency == "auto" else concurrency)
+
+
+def _slots(node: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """Workers that a node has room for."""
+    by_cpus = int(node.get("CPU", 0)) // cpus
+    if not gpus:
+        return by_cpus
+    by_gpus = int(node.get("GPU", 0) / gpus + 1e-9) if gpus >= 1 else int(node.get("GPU", 0)) * int(1 / gpus + 1e-9)
+    return min(by_cpus, by_gpus)
 
 
 def _largest(configs: Sequence[TrainConfig]) -> tuple[int, int]:

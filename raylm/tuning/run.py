@@ -28,6 +28,7 @@ from raylm.tuning.session import Session
 logger = logging.getLogger(__name__)
 
 SWEEP_FILE = "sweep.yaml"
+LOCK_FILE = ".lock"
 _MOST_DATASETS = 16
 """Prepared before the first trial; what else the space holds is prepared by the first trial that needs it."""
 _MAY_CHANGE = ("budget", "concurrency", "resources", "keep", "export_best", "retrain_best", "retrain_set")
@@ -66,10 +67,12 @@ def run_sweep(config: SweepConfig) -> SweepResult:
     candidates, search = _checked(config, sweep_dir)
     try:
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        _write_config(sweep_dir, config)
     except OSError as error:
         raise RunDirError(str(sweep_dir), f"cannot be written: {error.strerror}.", "Choose another dir.") from None
-    return _run(candidates, search, retry_failed=False)
+    with _alone(sweep_dir):
+        _check_free(sweep_dir)  # again: another may have begun there meanwhile
+        _write_config(sweep_dir, config)
+        return _run(candidates, search, retry_failed=False)
 
 
 def _check_free(sweep_dir: Path) -> None:
@@ -77,7 +80,7 @@ def _check_free(sweep_dir: Path) -> None:
     if not sweep_dir.exists():
         return
     if not (sweep_dir / SWEEP_FILE).is_file():
-        if not sweep_dir.is_dir() or any(sweep_dir.iterdir()):
+        if not sweep_dir.is_dir() or any(path.name != LOCK_FILE for path in sweep_dir.iterdir()):
             raise RunDirError(str(sweep_dir), "holds something else than a sweep.", "Choose another dir.")
     elif read_journal(sweep_dir).trials:
         raise RunDirError(
@@ -98,6 +101,11 @@ def resume_sweep(
     folder = Path(sweep_dir).expanduser().resolve()
     if not (folder / SWEEP_FILE).is_file():
         raise RunDirError(str(folder), "holds no sweep.", "Give the dir of one.")
+    with _alone(folder):
+        return _resume(folder, overrides, config, retry_failed=retry_failed)
+
+
+def _resume(folder: Path, overrides: Any, config: SweepConfig | None, *, retry_failed: bool) -> SweepResult:
     former = load_config(SweepConfig, folder / SWEEP_FILE)
     resumed = load_config(SweepConfig, folder / SWEEP_FILE if config is None else with_base(config), overrides)
     for name in SweepConfig.model_fields:
@@ -138,13 +146,12 @@ def _run(candidates: Candidates, search: Search, *, retry_failed: bool) -> Sweep
     sweep_dir = candidates.sweep_dir
     started = time.monotonic()
     built = _known_configs(candidates)
-    with _alone(sweep_dir):
-        journal = Journal(sweep_dir)
-        try:
-            interrupted = _run_trials(candidates, search, journal, built, retry_failed=retry_failed)
-            return finish_sweep(candidates, journal.state, interrupted=interrupted, started=started)
-        finally:
-            journal.close()
+    journal = Journal(sweep_dir)
+    try:
+        interrupted = _run_trials(candidates, search, journal, built, retry_failed=retry_failed)
+        return finish_sweep(candidates, journal.state, interrupted=interrupted, started=started)
+    finally:
+        journal.close()
 
 
 def _run_trials(
@@ -212,7 +219,11 @@ def _prepare(candidates: Candidates, built: Sequence[TrainConfig]) -> dict[str, 
 @contextmanager
 def _alone(sweep_dir: Path) -> Iterator[None]:
     """One driver at a time. Raises RunDirError; a driver that died holds nothing."""
-    with (sweep_dir / ".lock").open("w") as file:
+    try:
+        lock = (sweep_dir / LOCK_FILE).open("w")
+    except OSError as error:
+        raise RunDirError(str(sweep_dir), f"cannot be written: {error.strerror}.", "Choose another dir.") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -24,8 +24,8 @@ from raylm.tuning.pins import link_checkpoint, pin, pin_path
 from raylm.tuning.plans import SweepJob, TrialPlan, copy_folder, data_key
 
 POLL_S = 0.05
-STOPPING_S = 120.0
-"""A training that is told to end does so after the step at hand; after so long its process is left to Ray."""
+STOPPING_S = 600.0
+"""A training that is told to end does so after the step at hand. Ray ends a trial's process after this time too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,12 @@ class RunningTrial:
                 return self._ended()
             time.sleep(POLL_S)
 
-    def stop(self) -> bool:
-        """Ends the training after the step at hand; True when it has ended."""
+    def stop(self) -> None:
+        """Ends the training after the step at hand. Raises TrainingError where it does not end."""
         (self._run.path / STOP_FILE).touch()
         self._thread.join(STOPPING_S)
-        return not self._thread.is_alive()
+        if self._thread.is_alive():
+            raise TrainingError(str(self._run.path), f"the training did not end within {STOPPING_S:g} s.")
 
     def _started_config(self) -> TrainConfig:
         """Goes on from its checkpoint if it has one; else what a former start left is deleted."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from ray.tune import Trainable
 
-from raylm.errors import RaylmError
-from raylm.tuning.plans import SweepJob, failure_file, read_plan
+from raylm.errors import ClusterError, RaylmError
+from raylm.tuning.plans import PLANS_FOLDER, SweepJob, failure_file, read_plan
 from raylm.tuning.running import RunningTrial, failure_reason
 
 
@@ -24,6 +24,10 @@ class SweepTrial(Trainable):
     def setup(self, config: dict[str, Any], job: SweepJob | None = None) -> None:
         """config: the number of the trial."""
         assert job is not None
+        if not (Path(job.sweep_dir) / PLANS_FOLDER).is_dir():
+            raise ClusterError(
+                job.sweep_dir, "is not visible on the head node of the cluster.", "Set dir to shared storage."
+            )
         self._job = job
         self._forget(config)
 
@@ -75,5 +79,5 @@ class SweepTrial(Trainable):
     def cleanup(self) -> None:
         """Ends the training and waits until it has freed what it holds."""
         if self._running is not None:
-            self._running.stop()
-            self._running = None
+            running, self._running = self._running, None
+            running.stop()

@@ -8,6 +8,8 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from raylm.ray_session import environment_variables
+from raylm.training.ray_trainer import free_group
+from raylm.training.run_dir import RunDir
 from raylm.tuning.plans import SweepJob
 from raylm.tuning.schedulers import WAITING, make_scheduler, seed_schedulers
 from raylm.tuning.session import Session
@@ -65,6 +67,9 @@ def run_on_tune(session: Session, job: SweepJob, *, interval: int | None, max_st
             ),
         )
         tuner.fit()
+    for trial in session.state.trials.values():
+        if trial.state == "running":  # ended by the budget or by a signal, and perhaps by force
+            free_group(RunDir(session.trial_dir(trial.number)))
 
 
 def _trial_name(trial: Any) -> str:
@@ -113,6 +118,7 @@ class _Notes(tune.Callback):
         self._session.free_disk()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        free_group(RunDir(self._session.trial_dir(trial.config["number"])))
         error = trial.get_error()
         lines = [line for line in str(error).splitlines() if line.strip()] if error else []
         self._session.failed(trial.config["number"], lines[-1] if lines else "its process was lost")

@@ -52,7 +52,7 @@ def test_only_a_ray_of_ours_goes_without_the_watchman(own: str, watched: bool, m
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     monkeypatch.setenv("RAYLM_OWN_RAY", own)
-    trainer = _trainer_class()(print, scaling_config=ScalingConfig(num_workers=1))
+    trainer = _trainer_class(Path("unused"))(print, scaling_config=ScalingConfig(num_workers=1))
     kinds = [type(callback) for callback in trainer._create_default_callbacks()]
     assert (PlacementGroupCleanerCallback in kinds) == watched
     assert len(kinds) > 3
