@@ -199,3 +199,20 @@ def test_a_lost_worker_costs_its_trial_and_no_other(sweep_file: Callable[..., Pa
     again = raylm.sweep(resume=folder, retry_failed=True)
     assert again.states == {"finished": 2}
     assert [report.step for report in read_journal(folder).trials[0].reports] == [3, 6, 9, 12]
+
+
+def test_a_lost_trial_gives_back_what_it_held(sweep_file: Callable[..., Path], tmp_path: Path) -> None:
+    """The process that a trial is, not one of its workers, on a Ray of the sweep's own with room for one trial."""
+    file = sweep_file(budget={"trials": 2}, concurrency=1, search="random", resources={"cpus_per_worker": 1})
+    folder = tmp_path / "sweep"
+    driver = sweep_process(str(file), "--json")
+    try:
+        _wait(folder, lambda state: bool(state.trials) and bool(state.trials[0].reports))
+        own = psutil.Process(driver.pid).children(recursive=True)
+        trial = next(process for process in own if "SweepTrial" in " ".join(process.cmdline()))
+        trial.kill()
+        output, errors = driver.communicate(timeout=300)
+        assert driver.returncode == 0, errors[-3000:]
+        assert json.loads(output.splitlines()[-1])["states"] == {"failed": 1, "finished": 1}
+    finally:
+        driver.kill()
