@@ -209,8 +209,10 @@ def test_a_lost_trial_gives_back_what_it_held(sweep_file: Callable[..., Path], t
     try:
         _wait(folder, lambda state: bool(state.trials) and bool(state.trials[0].reports))
         own = psutil.Process(driver.pid).children(recursive=True)
-        trial = next(process for process in own if "SweepTrial" in " ".join(process.cmdline()))
-        trial.kill()
+        titles = {" ".join(process.cmdline()): process for process in own}
+        trials = [title for title in titles if title.startswith(("ray::SweepTrial", "ray::_Inner"))]  # Tune's wrapper
+        assert len(trials) == 1, sorted(titles)
+        titles[trials[0]].kill()
         output, errors = driver.communicate(timeout=300)
         assert driver.returncode == 0, errors[-3000:]
         assert json.loads(output.splitlines()[-1])["states"] == {"failed": 1, "finished": 1}
