@@ -210,7 +210,7 @@ def test_a_lost_trial_gives_back_what_it_held(sweep_file: Callable[..., Path], t
         _wait(folder, lambda state: bool(state.trials) and bool(state.trials[0].reports))
         own = psutil.Process(driver.pid).children(recursive=True)
         titles = {" ".join(process.cmdline()): process for process in own}
-        trials = [title for title in titles if title.startswith(("ray::SweepTrial", "ray::_Inner"))]  # Tune's wrapper
+        trials = [title for title in titles if title.startswith("ray::ResourceTrainable")]  # Tune's name for it
         assert len(trials) == 1, sorted(titles)
         titles[trials[0]].kill()
         output, errors = driver.communicate(timeout=300)
