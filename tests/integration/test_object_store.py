@@ -31,7 +31,7 @@ def test_tokens_that_do_not_fit_the_object_store_are_spilled(tiny_model_dir: Pat
     data = tmp_path / "data.jsonl"
     with data.open("w") as file:
         for number in range(110_000):
-            row = {"prompt": f"question {number}", "completion": "yes " * 50 + "hello world " * 12}
+            row = {"prompt": f"question {number}", "completion": "yes " * 104 + "hello world " * 25}
             file.write(json.dumps(row) + "\n")
     settings = {
         "model.path": str(tiny_model_dir),
