@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Session:
         ]
         self._former_seconds, self._started = self.state.seconds, time.monotonic()
         self._trackers = Trackers()
+        self._noted: set[int] = set()
         self.interrupted = False
         self.ended_here = 0
         """Trials that have ended in this session."""
@@ -128,9 +130,19 @@ class Session:
         )
         return True
 
-    def reported(self, number: int, result: dict[str, Any]) -> None:
+    def note(self, number: int, flat: Mapping[str, Any]) -> None:
+        """A trial has reported, and its scheduler is about to act on it. flat: the result as Ray Tune flattens it for
+        schedulers; `reported` is called with the result itself afterwards."""
+        prefix = "figures/"
+        figures = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+        self.reported(number, {**flat, "figures": figures})
+        self._noted.add(number)
+
+    def reported(self, number: int, result: Mapping[str, Any]) -> None:
         """A trial has reported."""
-        if result.get("is_new"):
+        if number in self._noted:
+            self._noted.discard(number)
+        elif result.get("is_new"):
             names = ("step", "value", "tokens", "seconds", "figures", "num_steps")
             self._journal.write("report", number=number, **{name: result[name] for name in names})
 
