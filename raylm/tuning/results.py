@@ -21,7 +21,7 @@ from raylm.training.checkpoint import checkpoint_name
 from raylm.training.run_dir import CONFIG_FILE
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Report, SweepState, Trial
-from raylm.tuning.pins import link_checkpoint, pin_path
+from raylm.tuning.pins import best_checkpoint, link_checkpoint
 from raylm.tuning.tpe import objective_value
 
 logger = logging.getLogger(__name__)
@@ -152,10 +152,10 @@ def keep_best(candidates: Candidates, trial: Trial, report: Report) -> BestModel
     best = f"# The best of {sweep_dir.name}: trial {trial.number}, {report.value:.6g} at step {report.step}.\n"
     partial.write_text(best + dump_yaml(config), encoding="utf-8")
     partial.rename(path)
-    pinned = pin_path(candidates.trial_dir(trial.number), report.step)
+    pinned = best_checkpoint(candidates.trial_dir(trial.number), report.step, report.value)
     folder = sweep_dir / BEST_FOLDER
     target = folder / "checkpoints" / checkpoint_name(report.step)
-    if not pinned.is_dir():
+    if pinned is None:
         logger.warning("the checkpoint of trial %d, step %d is gone", trial.number, report.step)
         return BestModel(str(path), None, None, None)
     shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from raylm.training.checkpoint import checkpoint_name, remove_checkpoint
 from raylm.training.stopping import STOP_FILE
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Journal, SweepState
-from raylm.tuning.pins import drop_checkpoints, link_checkpoint, newest_pin, pin_path
+from raylm.tuning.pins import drop_checkpoints, link_checkpoint, newest_pin, pin_path, settle_best
 from raylm.tuning.plans import TrialPlan, copy_folder, failure_file, write_plan
 from raylm.tuning.room import Room
 from raylm.tuning.search import Search, generator
@@ -111,6 +111,7 @@ class Session:
         except RaylmError as error:
             self.ended(number, "failed", str(error))
             return False
+        self._settle(number)
         self._trackers.start(number, config)
         if reported is None:
             last = self.state.trials[number].last
@@ -145,6 +146,12 @@ class Session:
         elif result.get("is_new"):
             names = ("step", "value", "tokens", "seconds", "figures", "num_steps")
             self._journal.write("report", number=number, **{name: result[name] for name in names})
+            self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        best = self.state.trials[number].best(self.config.mode)
+        if best is not None:
+            settle_best(self._candidates.trial_dir(number), best.step, best.value)
 
     def ended(self, number: int, state: str, reason: str = "") -> None:
         """A trial has ended; frees what it need not keep on the disk."""
