@@ -26,7 +26,7 @@ OWNED = ("run.dir", "run.storage_path", "run.overwrite", "training.resume", "exp
 DRAWN = 64
 """Points drawn at random beside the values, where a space has too many corners."""
 CORNERS = 512
-TRIALS_FOLDER = "trials"
+TRIALS_FOLDER, RETRAINED_FOLDER = "trials", "retrained"
 TIME, MEMORY = "time_s", "memory_gib"
 """Figures of a trial that no single line of metrics.jsonl has."""
 
@@ -47,10 +47,10 @@ class Candidates:
         self.config, self.sweep_dir = config, sweep_dir
         self._passed: set[str] = set()
         self._check_keys()
-        first = next(iter(self._edges()))
-        self.base_settings = {
-            key: value for key, value in flat_settings(self.plain(first)).items() if key not in config.space
-        }
+        first = self.plain(next(iter(self._edges())))
+        self.metric_name = self.metric(first)
+        """What trials are compared by; `check` makes sure that it is the same for all."""
+        self.base_settings = {key: value for key, value in flat_settings(first).items() if key not in config.space}
         for key in {name for dimensions in config.space.values() for one in dimensions for name in one.when}:
             if key not in config.space and key not in self.base_settings:
                 raise ConfigError(f"space: when: {key}", "is no setting.", "Name a key of the training configuration.")
@@ -114,6 +114,28 @@ class Candidates:
             return load_config(TrainConfig, self._tree(), {**self.config.set, **settings, **own})
         except ConfigError as error:
             raise _at(settings, error) from None
+
+    def retraining(self, settings: Mapping[str, Any]) -> TrainConfig:
+        """A training with these settings, that `raylm train` runs as it is, in a folder of its own, with `retrain_set`.
+        Raises ConfigError."""
+        return self._retraining(settings, dict(self.config.retrain_set), "retrain_set: ")
+
+    def best(self, settings: Mapping[str, Any]) -> TrainConfig:
+        """The same without `retrain_set`."""
+        return self._retraining(settings, {}, "")
+
+    def _retraining(self, settings: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> TrainConfig:
+        own = {
+            "run.dir": str(self.sweep_dir / RETRAINED_FOLDER),
+            "run.storage_path": None,
+            "export.enabled": True,
+        }
+        tree = self.plain(settings).model_dump(mode="json")
+        try:
+            return load_config(TrainConfig, tree, {**own, **changes})
+        except ConfigError as error:
+            named = ConfigError(f"{where}{error.where}", error.problem, error.remedy)
+            raise _at(settings, named) from None
 
     def trial_dir(self, number: int) -> Path:
         """The run directory of a trial."""
@@ -199,6 +221,7 @@ class Candidates:
         metrics = {self.metric(config) for config in built}
         if len(metrics) > 1:
             raise ConfigError("metric", f"would be {' or '.join(sorted(metrics))} by the trial.", "Set metric.")
+        (self.metric_name,) = metrics
         self._check_population()
         seen: set[tuple[str, str]] = set()
         for config, settings in zip(built, points, strict=True):
@@ -207,6 +230,10 @@ class Candidates:
             if new:
                 seen |= new
                 self.check_whole(config, settings)
+                if self.config.retrain_best:
+                    self._check_retraining(settings)
+            elif self.config.retrain_best:
+                self.retraining(settings)
 
     def check_whole(self, config: TrainConfig, settings: Mapping[str, Any]) -> None:
         """The checks that `raylm train` makes before it starts Ray, once for all trials that they are the same for.
@@ -222,6 +249,14 @@ class Candidates:
         except RaylmError as error:
             raise _at(settings, error) from None
         self._passed.add(kind)
+
+    def _check_retraining(self, settings: Mapping[str, Any]) -> None:
+        try:
+            self.check_whole(self.retraining(settings), settings)
+        except RaylmError as error:
+            if "retrain_set: " in error.problem:
+                raise
+            raise type(error)(error.where, f"retrain_set: {error.problem}", error.remedy) from None
 
     def _check_population(self) -> None:
         if self.config.scheduler.name != "pbt":

@@ -23,10 +23,11 @@ PICTURES = {
 }
 
 
-def write_sweep_report(candidates: Candidates, state: SweepState) -> Path:
-    """Writes report.html, report.md and the pictures into the sweep's folder; returns the HTML page."""
+def write_sweep_report(candidates: Candidates, state: SweepState, *, not_retrained: str = "") -> Path:
+    """Writes report.html, report.md and the pictures into the sweep's folder; returns the HTML page. not_retrained: why
+    the best settings could not be trained again."""
     folder = candidates.sweep_dir
-    parts = list(_parts(candidates, state))
+    parts = list(_parts(candidates, state, not_retrained))
     for part in parts:
         for block in part.blocks:
             if isinstance(block, Picture):
@@ -37,9 +38,9 @@ def write_sweep_report(candidates: Candidates, state: SweepState) -> Path:
     return folder / "report.html"
 
 
-def _parts(candidates: Candidates, state: SweepState) -> Iterator[Part]:
+def _parts(candidates: Candidates, state: SweepState, not_retrained: str) -> Iterator[Part]:
     config = candidates.config
-    metric = _metric(candidates, state)
+    metric = candidates.metric_name
     best = state.best(config.mode)
     yield Part("What was searched", [Table(list(_summary(candidates, state, metric)))])
     if best is not None:
@@ -47,9 +48,10 @@ def _parts(candidates: Candidates, state: SweepState) -> Iterator[Part]:
             f"The best is the {'lowest' if config.mode == 'min' else 'highest'} {metric} that any trial ever reported, "
             "at whatever step, and its checkpoint is that of this step; values that are no numbers never count."
         )
-        yield Part(
-            "The best", [Table([[key, shown(value)] for key, value in best[1].settings.items()]), Paragraph(rule)]
-        )
+        blocks = [Table([[key, shown(value)] for key, value in best[1].settings.items()]), Paragraph(rule)]
+        if not_retrained:
+            blocks.append(Paragraph(f"These settings could not be trained again: {not_retrained}"))
+        yield Part("The best", blocks)
     yield Part("Trials", [_trials(candidates, state)])
     pictures = list(_pictures(candidates, state, metric))
     if pictures:
@@ -62,11 +64,6 @@ def _parts(candidates: Candidates, state: SweepState) -> Iterator[Part]:
         yield Part("Copies", [Table(rows, ["trial", "went on from trial", "at step"])])
     tree = config.model_dump(mode="json", exclude_unset=True)
     yield Part("The sweep's configuration", [Code(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))])
-
-
-def _metric(candidates: Candidates, state: SweepState) -> str:
-    first = next(iter(state.trials.values()), None)
-    return candidates.metric(candidates.build(0, first.settings)) if first else candidates.config.metric or ""
 
 
 def _summary(candidates: Candidates, state: SweepState, metric: str) -> Iterator[list[str]]:

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config import TrainConfig, dump_yaml, load_config
+from raylm.errors import RaylmError
 from raylm.training.checkpoint import checkpoint_name
+from raylm.training.run_dir import CONFIG_FILE
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Report, SweepState, Trial
-from raylm.tuning.pins import link_checkpoint, pin_path
+from raylm.tuning.pins import best_checkpoint, link_checkpoint
 from raylm.tuning.tpe import objective_value
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE, BEST_FILE, BEST_FOLDER, RETRAINED_FOLDER = "results.csv", "best.yaml", "best", "retrained"
+RESULTS_FILE, BEST_FILE, BEST_FOLDER = "results.csv", "best.yaml", "best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +140,7 @@ def best_config(candidates: Candidates, report: Report) -> TrainConfig:
     """A training with the best settings, that `raylm train` runs as it is, in a folder of its own."""
     from raylm.training.before_start import with_absolute_paths
 
-    tree = candidates.plain(report.settings).model_dump(mode="json")
-    changes = {"run.dir": str(candidates.sweep_dir / RETRAINED_FOLDER), "run.storage_path": None}
-    return with_absolute_paths(load_config(TrainConfig, tree, {**changes, "export.enabled": True}))
+    return with_absolute_paths(candidates.best(report.settings))
 
 
 def keep_best(candidates: Candidates, trial: Trial, report: Report) -> BestModel:
@@ -152,10 +152,10 @@ def keep_best(candidates: Candidates, trial: Trial, report: Report) -> BestModel
     best = f"# The best of {sweep_dir.name}: trial {trial.number}, {report.value:.6g} at step {report.step}.\n"
     partial.write_text(best + dump_yaml(config), encoding="utf-8")
     partial.rename(path)
-    pinned = pin_path(candidates.trial_dir(trial.number), report.step)
+    pinned = best_checkpoint(candidates.trial_dir(trial.number), report.step, report.value)
     folder = sweep_dir / BEST_FOLDER
     target = folder / "checkpoints" / checkpoint_name(report.step)
-    if not pinned.is_dir():
+    if pinned is None:
         logger.warning("the checkpoint of trial %d, step %d is gone", trial.number, report.step)
         return BestModel(str(path), None, None, None)
     shutil.rmtree(folder, ignore_errors=True)
@@ -173,16 +173,32 @@ def _export(config: TrainConfig, folder: Path) -> bool:
     return done.returncode == 0
 
 
-def retrain(candidates: Candidates) -> str:
-    """Trains best.yaml again with `retrain_set`; a former attempt goes on. Returns its run directory."""
+def retrain(candidates: Candidates, report: Report) -> str:
+    """Trains the best settings again with `retrain_set`. Returns the run directory. Raises RaylmError."""
     from raylm.training.run import run_training
 
-    source = candidates.sweep_dir / BEST_FILE
-    changes = dict(candidates.config.retrain_set)
-    config = load_config(TrainConfig, source, changes)
-    if (Path(config.run.dir) / "config.yaml").is_file():
-        config = load_config(TrainConfig, source, {**changes, "training.resume": "auto"})
-    return run_training(config).run_dir
+    return run_training(retrain_config(candidates, report)).run_dir
+
+
+def retrain_config(candidates: Candidates, report: Report) -> TrainConfig:
+    """What `retrain` trains: a former attempt at the same goes on, one at anything else is replaced."""
+    from raylm.training.before_start import with_absolute_paths
+
+    config = with_absolute_paths(candidates.retraining(report.settings))
+    former = Path(config.run.dir) / CONFIG_FILE
+    if not former.is_file():
+        return config
+    same = _training(load_config(TrainConfig, former)) == _training(config)
+    return load_config(
+        TrainConfig,
+        config.model_dump(mode="json"),
+        {"training.resume": "auto"} if same else {"training.resume": None, "run.overwrite": True},
+    )
+
+
+def _training(config: TrainConfig) -> dict[str, Any]:
+    """What a training is, whether it begins or goes on."""
+    return config.model_dump(mode="json", exclude={"training": {"resume"}, "run": {"overwrite"}})
 
 
 def finish_sweep(candidates: Candidates, state: SweepState, *, interrupted: bool, started: float) -> SweepResult:
@@ -191,15 +207,18 @@ def finish_sweep(candidates: Candidates, state: SweepState, *, interrupted: bool
 
     found = state.best(candidates.config.mode)
     best = keep_best(candidates, *found) if found else None
-    retrained = None
-    if best is not None and candidates.config.retrain_best and not interrupted:
-        retrained = retrain(candidates)
     results = write_results(candidates, state)
     report = write_sweep_report(candidates, state)
-    metric = candidates.metric(candidates.build(0, next(iter(state.trials.values())).settings)) if state.trials else ""
+    retrained = None
+    if found is not None and candidates.config.retrain_best and not interrupted:
+        try:
+            retrained = retrain(candidates, found[1])
+        except RaylmError as error:
+            logger.warning("the best settings could not be trained again: %s", error)
+            write_sweep_report(candidates, state, not_retrained=str(error))
     return SweepResult(
         sweep_dir=str(candidates.sweep_dir),
-        metric=metric,
+        metric=candidates.metric_name,
         best=found[0].number if found else None,
         value=found[1].value if found else None,
         step=found[1].step if found else None,

@@ -55,8 +55,7 @@ def outline_sweep(config: SweepConfig) -> SweepOutline:
     trials = min(limits, default=None)
     shown = [search.suggest(number, SweepState()) for number in range(min(trials or 8, 8))]
     settings = [one for one in shown if one is not None]
-    metric = candidates.metric(candidates.build(0, settings[0]))
-    return SweepOutline(str(candidates.sweep_dir), metric, config.mode, trials, settings)
+    return SweepOutline(str(candidates.sweep_dir), candidates.metric_name, config.mode, trials, settings)
 
 
 def run_sweep(config: SweepConfig) -> SweepResult:

@@ -27,12 +27,21 @@ _NOBODY = SimpleNamespace(get_live_trials=list, search_alg=None)
 
 WAITING = ("hyperband", "pbt")
 """Schedulers that pause trials for others: all of them are made at once, and Tune runs as many as there is room for."""
+Report = Callable[[int, Mapping[str, Any]], None]
+"""Notes what a trial reports, before anything follows from it: (trial, flat result)."""
 Exchange = Callable[[int, int, int], bool]
 """Lets a trial go on from another's checkpoint: (trial, source, step) -> whether there was one."""
 
 
 def make_scheduler(
-    section: SchedulerSection, *, mode: str, interval: int | None, max_steps: int, state: SweepState, exchange: Exchange
+    section: SchedulerSection,
+    *,
+    mode: str,
+    interval: int | None,
+    max_steps: int,
+    state: SweepState,
+    report: Report,
+    exchange: Exchange,
 ) -> TrialScheduler:
     """The scheduler of a section. interval: steps between reports; max_steps: of the longest trial."""
     first = section.grace_steps or interval or 1
@@ -58,6 +67,7 @@ def make_scheduler(
             stop_last_trials=False,
         ),
         "pbt": lambda: Population(
+            report,
             exchange,
             **common,
             perturbation_interval=section.interval_steps or interval or 1,
@@ -103,13 +113,18 @@ def _remembering(kind: type[TrialScheduler]) -> Any:
 class Population(PopulationBasedTraining):
     """Exchanges checkpoints and settings through the sweep's own files; what the settings become is decided there."""
 
-    def __init__(self, exchange: Exchange, **options: Any) -> None:
+    def __init__(self, report: Report, exchange: Exchange, **options: Any) -> None:
         super().__init__(**options, custom_explore_fn=lambda config: config, log_config=False)
-        self._exchange = exchange
+        self._report, self._exchange = report, exchange
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Ray Tune refuses searchers here; the sweep's only numbers trials."""
         super().on_trial_add(_NOBODY, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Tune asks its scheduler before it tells its callbacks, and an exchange changes the trial's settings."""
+        self._report(trial.config["number"], result)
+        return str(super().on_trial_result(tune_controller, trial, result))
 
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
         step = self._trial_state[trial_to_clone].last_result[STEP]

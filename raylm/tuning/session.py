@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from raylm.training.checkpoint import checkpoint_name, remove_checkpoint
 from raylm.training.stopping import STOP_FILE
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Journal, SweepState
-from raylm.tuning.pins import drop_checkpoints, link_checkpoint, newest_pin, pin_path
+from raylm.tuning.pins import drop_checkpoints, link_checkpoint, newest_pin, pin_path, settle_best
 from raylm.tuning.plans import TrialPlan, copy_folder, failure_file, write_plan
 from raylm.tuning.room import Room
 from raylm.tuning.search import Search, generator
@@ -36,6 +37,7 @@ class Session:
         ]
         self._former_seconds, self._started = self.state.seconds, time.monotonic()
         self._trackers = Trackers()
+        self._noted: set[int] = set()
         self.interrupted = False
         self.ended_here = 0
         """Trials that have ended in this session."""
@@ -109,6 +111,7 @@ class Session:
         except RaylmError as error:
             self.ended(number, "failed", str(error))
             return False
+        self._settle(number)
         self._trackers.start(number, config)
         if reported is None:
             last = self.state.trials[number].last
@@ -128,11 +131,27 @@ class Session:
         )
         return True
 
-    def reported(self, number: int, result: dict[str, Any]) -> None:
+    def note(self, number: int, flat: Mapping[str, Any]) -> None:
+        """A trial has reported, and its scheduler is about to act on it. flat: the result as Ray Tune flattens it for
+        schedulers; `reported` is called with the result itself afterwards."""
+        prefix = "figures/"
+        figures = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+        self.reported(number, {**flat, "figures": figures})
+        self._noted.add(number)
+
+    def reported(self, number: int, result: Mapping[str, Any]) -> None:
         """A trial has reported."""
-        if result.get("is_new"):
+        if number in self._noted:
+            self._noted.discard(number)
+        elif result.get("is_new"):
             names = ("step", "value", "tokens", "seconds", "figures", "num_steps")
             self._journal.write("report", number=number, **{name: result[name] for name in names})
+            self._settle(number)
+
+    def _settle(self, number: int) -> None:
+        best = self.state.trials[number].best(self.config.mode)
+        if best is not None:
+            settle_best(self._candidates.trial_dir(number), best.step, best.value)
 
     def ended(self, number: int, state: str, reason: str = "") -> None:
         """A trial has ended; frees what it need not keep on the disk."""

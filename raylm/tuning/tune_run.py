@@ -39,6 +39,7 @@ def run_on_tune(session: Session, job: SweepJob, *, interval: int | None, max_st
         interval=interval,
         max_steps=max_steps,
         state=session.state,
+        report=session.note,
         exchange=session.exchange,
     )
     share = int(0.9 / concurrency * 10_000) / 10_000 if waits else 0.0001

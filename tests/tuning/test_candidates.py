@@ -93,6 +93,8 @@ def test_every_reported_loss_has_a_checkpoint(settings: dict[str, Any], write_da
             "training.global_batch_size: cannot change within a training",
         ),
         ({"space.optimizer.eps": {"choice": [1], "when": {"optimizer.nam": 1}}}, ConfigError, "optimizer.nam: is no"),
+        ({"retrain_best": True, "retrain_set": {"training.max_stepz": 8}}, ConfigError, "retrain_set: .*max_stepz"),
+        ({"retrain_best": True, "retrain_set": {"data.train": "no.json"}}, DataError, "retrain_set: .*no.json"),
         ({"base.cluster": {"num_workers": [1, 2]}, "set.training.global_batch_size": 4}, ConfigError, "is elastic"),
     ],
 )

@@ -19,6 +19,7 @@ def made(name: str, state: SweepState, **settings: Any) -> Any:
         interval=1,
         max_steps=9,
         state=state,
+        report=lambda *_: None,
         exchange=lambda *_: True,
     )
 
@@ -37,6 +38,12 @@ class FakeTrial:
 
     def __init__(self, number: int) -> None:
         self.trial_id, self.config = f"t{number}", {"number": number}
+        self.status, self.experiment_tag = "RUNNING", ""
+        saving = SimpleNamespace(num_to_keep=None)
+        self.run_metadata = SimpleNamespace(checkpoint_manager=SimpleNamespace(checkpoint_config=saving))
+
+    def is_finished(self) -> bool:
+        return False
 
 
 def tell(scheduler: Any, number: int, losses: list[float], *, first: int = 1) -> list[str]:
@@ -73,3 +80,25 @@ def test_the_median_is_that_of_all_sessions() -> None:
 def test_every_scheduler_can_be_made() -> None:
     for name in ("none", "asha", "median_stop", "hyperband", "pbt"):
         assert made(name, SweepState()) is not None
+
+
+def test_a_population_notes_a_report_before_it_copies() -> None:
+    """What a copy changes is not what the report was trained with."""
+    done: list[Any] = []
+    scheduler = schedulers.Population(
+        lambda number, result: done.append(("report", number, result["step"])),
+        lambda number, source, step: bool(done.append(("copy", number, source, step))),
+        time_attr="step",
+        metric="value",
+        mode="min",
+        perturbation_interval=1,
+        quantile_fraction=0.5,
+    )
+    trials = [FakeTrial(0), FakeTrial(1)]
+    controller = SimpleNamespace(get_trials=lambda: trials, _schedule_trial_save=lambda *_, **__: object())
+    for trial in trials:
+        scheduler.on_trial_add(controller, trial)
+    for step in (2, 4):  # the first to report is known to be good, and saved, when both have reported
+        for trial, value in zip(trials, (0.1, 0.9), strict=True):
+            scheduler.on_trial_result(controller, trial, {"step": step, "value": value})
+    assert done == [*(("report", number, step) for step in (2, 4) for number in (0, 1)), ("copy", 1, 0, 4)]

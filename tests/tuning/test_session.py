@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from raylm.config import SweepConfig, load_config
 from raylm.errors import RunDirError
 from raylm.training.checkpoint import CheckpointMeta, checkpoint_name
 from raylm.training.checkpoint_writer import CheckpointWriter
+from raylm.training.run_dir import open_run_dir
 from raylm.tuning.candidates import Candidates
-from raylm.tuning.journal import Journal, read_journal
+from raylm.tuning.journal import Journal, Report, SweepState, read_journal
 from raylm.tuning.pins import pin
 from raylm.tuning.plans import copy_folder, failure_file, read_plan
 from raylm.tuning.progress import SweepView, watch_sweep
+from raylm.tuning.results import finish_sweep, retrain_config
 from raylm.tuning.room import Room
-from raylm.tuning.run import resume_sweep, run_sweep
+from raylm.tuning.run import outline_sweep, resume_sweep, run_sweep
 from raylm.tuning.running import _Figures
-from raylm.tuning.search import make_search
+from raylm.tuning.search import RandomSearch, make_search
 from raylm.tuning.session import Session
 from tests.conftest import PAIRS
 
@@ -41,11 +44,15 @@ def settings(tiny_model_dir: Path, write_dataset: Any, tmp_path: Path) -> dict[s
     }
 
 
-def session(settings: dict[str, Any], *, retry_failed: bool = False, **overrides: Any) -> Session:
+def candidates_of(settings: dict[str, Any], **overrides: Any) -> Candidates:
     config = load_config(SweepConfig, {**settings, **overrides})
-    folder = Path(config.dir)
+    return Candidates(config, Path(config.dir))
+
+
+def session(settings: dict[str, Any], *, retry_failed: bool = False, **overrides: Any) -> Session:
+    candidates = candidates_of(settings, **overrides)
+    folder = candidates.sweep_dir
     folder.mkdir(exist_ok=True)
-    candidates = Candidates(config, folder)
     return Session(candidates, make_search(candidates), Journal(folder), Room(1, 1, 0.0, 2), retry_failed=retry_failed)
 
 
@@ -131,6 +138,66 @@ def test_an_exchange_copies_checkpoint_and_settings(settings: dict[str, Any]) ->
     assert read_plan(found.sweep_dir, 1).reported == 2
     assert read_plan(found.sweep_dir, 1).config.optimizer.learning_rate == copy
     assert read_journal(found.sweep_dir).trials[1].copied_from == [(0, 2)]
+
+
+def test_a_report_that_its_scheduler_saw_first_is_noted_once(settings: dict[str, Any]) -> None:
+    from ray._private.dict import flatten_dict
+
+    found = session(settings)
+    found.next_trial()
+    for step in (2, 4):
+        found.note(0, flatten_dict(report(step, 1.0 / step)))
+        found.reported(0, report(step, 1.0 / step))
+    (trial,) = read_journal(found.sweep_dir).trials.values()
+    assert [(one.step, one.figures) for one in trial.reports] == [(2, {"train/loss": 0.5}), (4, {"train/loss": 0.25})]
+
+
+def test_a_first_trial_that_cannot_be_costs_no_results(settings: dict[str, Any]) -> None:
+    space = {"training.global_batch_size": {"integers": [2, 4]}}
+    changes = {"space": space, "set": {"training.micro_batch_size": 2}, "budget": {"trials": 2}}
+    seed = next(
+        n
+        for n in range(20)
+        if RandomSearch(candidates_of(settings, seed=n, **changes)).suggest(0, SweepState())
+        == {"training.global_batch_size": 3}
+    )
+    found = session(settings, seed=seed, **changes)
+    while found.next_trial() is not None:
+        pass
+    assert found.state.trials[0].state == "failed"
+    candidates = candidates_of(settings, seed=seed, **changes)
+    result = finish_sweep(candidates, found.state, interrupted=False, started=0.0)
+    assert result.metric == "train/loss"
+    assert Path(result.report).is_file()
+    assert outline_sweep(candidates.config).metric == "train/loss"
+
+
+def test_retraining_that_fails_costs_nothing_else(settings: dict[str, Any]) -> None:
+    """A file that was there when the sweep began is gone at its end."""
+    changes = {"retrain_best": True, "retrain_set": {"data.train": "gone.json"}}
+    found = session(settings, **changes)
+    found.next_trial()
+    found.reported(0, report(2, 1.0))
+    found.ended(0, "finished")
+    result = finish_sweep(candidates_of(settings, **changes), found.state, interrupted=False, started=0.0)
+    assert (result.best, result.value, result.retrained_dir) == (0, 1.0, None)
+    assert Path(result.results).read_text().count("\n") == 2
+    assert "could not be trained again: " in Path(result.report).read_text()
+    assert "gone.json: there is no such file" in Path(result.report).read_text()
+
+
+def test_retraining_goes_on_with_the_same_and_replaces_anything_else(settings: dict[str, Any]) -> None:
+    found = candidates_of(settings, retrain_best=True, retrain_set={"training.max_steps": 6})
+    best = Report(2, 1.0, 10, 1.0, {}, {"optimizer.learning_rate": 1e-4})
+    config = retrain_config(found, best)
+    assert (config.training.max_steps, config.training.resume, config.run.overwrite) == (6, None, False)
+    open_run_dir(config)
+    again = retrain_config(found, best)
+    assert (again.training.resume, again.run.overwrite) == ("auto", False)
+    open_run_dir(again)
+    assert retrain_config(found, best) == again
+    other = retrain_config(found, replace(best, settings={"optimizer.learning_rate": 2e-4}))
+    assert (other.training.resume, other.run.overwrite) == (None, True)
 
 
 def test_the_table_shows_settings_steps_best_and_time_left(settings: dict[str, Any]) -> None:
