@@ -89,6 +89,8 @@ def sweep(
         from raylm.tuning.run import resume_sweep
 
         return resume_sweep(resume, overrides, config=given, retry_failed=retry_failed)
+    if retry_failed:
+        raise ConfigError("retry_failed", "is for a sweep that is resumed.", "Set resume as well, or drop it.")
     if config is None:
         raise ConfigError("sweep", "has neither a configuration nor a folder to resume.", "Give one.")
     resolved = load_config(SweepConfig, config, overrides)

@@ -181,6 +181,10 @@ def _sweep(options: Any) -> None:
     if source and "=" in source and not Path(source).is_file():  # with --resume there need be no file
         source, overrides = None, [source, *overrides]
     overrides += [f"set.{setting}" for setting in options.set]
+    if options.retry_failed and not options.resume:
+        raise ConfigError("--retry-failed", "is for a sweep that is resumed.", "Add --resume DIR, or drop it.")
+    if options.dry_run and options.resume:
+        raise ConfigError("--dry-run", "excludes --resume.", "Give the sweep's YAML file without --resume, or drop it.")
     if options.dry_run:
         _outline(source, overrides, as_json=options.json)
         return

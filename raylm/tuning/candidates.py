@@ -115,27 +115,11 @@ class Candidates:
         except ConfigError as error:
             raise _at(settings, error) from None
 
-    def retraining(self, settings: Mapping[str, Any]) -> TrainConfig:
-        """A training with these settings, that `raylm train` runs as it is, in a folder of its own, with `retrain_set`.
-        Raises ConfigError."""
-        return self._retraining(settings, dict(self.config.retrain_set), "retrain_set: ")
-
-    def best(self, settings: Mapping[str, Any]) -> TrainConfig:
-        """The same without `retrain_set`."""
-        return self._retraining(settings, {}, "")
-
-    def _retraining(self, settings: Mapping[str, Any], changes: Mapping[str, Any], where: str) -> TrainConfig:
-        own = {
-            "run.dir": str(self.sweep_dir / RETRAINED_FOLDER),
-            "run.storage_path": None,
-            "export.enabled": True,
-        }
-        tree = self.plain(settings).model_dump(mode="json")
-        try:
-            return load_config(TrainConfig, tree, {**own, **changes})
-        except ConfigError as error:
-            named = ConfigError(f"{where}{error.where}", error.problem, error.remedy)
-            raise _at(settings, named) from None
+    def retraining(self, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> TrainConfig:
+        """A training with these settings, that `raylm train` runs as it is, in a folder of its own. changes: over all
+        of it, such as `retrain_set`. Raises ConfigError."""
+        own = {"run.dir": str(self.sweep_dir / RETRAINED_FOLDER), "run.storage_path": None, "export.enabled": True}
+        return load_config(TrainConfig, self.plain(settings).model_dump(mode="json"), {**own, **changes})
 
     def trial_dir(self, number: int) -> Path:
         """The run directory of a trial."""
@@ -230,10 +214,8 @@ class Candidates:
             if new:
                 seen |= new
                 self.check_whole(config, settings)
-                if self.config.retrain_best:
-                    self._check_retraining(settings)
-            elif self.config.retrain_best:
-                self.retraining(settings)
+            if self.config.retrain_best:
+                self._check_retraining(settings, whole=bool(new))
 
     def check_whole(self, config: TrainConfig, settings: Mapping[str, Any]) -> None:
         """The checks that `raylm train` makes before it starts Ray, once for all trials that they are the same for.
@@ -250,13 +232,13 @@ class Candidates:
             raise _at(settings, error) from None
         self._passed.add(kind)
 
-    def _check_retraining(self, settings: Mapping[str, Any]) -> None:
+    def _check_retraining(self, settings: Mapping[str, Any], *, whole: bool) -> None:
         try:
-            self.check_whole(self.retraining(settings), settings)
+            config = self.retraining(settings, self.config.retrain_set)
+            if whole:
+                self.check_whole(config, settings)
         except RaylmError as error:
-            if "retrain_set: " in error.problem:
-                raise
-            raise type(error)(error.where, f"retrain_set: {error.problem}", error.remedy) from None
+            raise type(error)("retrain_set", f"{error.where}: {error.problem}", error.remedy) from None
 
     def _check_population(self) -> None:
         if self.config.scheduler.name != "pbt":

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Trial:
     num_steps: int | None = None
     copied_from: list[tuple[int, int]] = field(default_factory=list)
     """(trial, step) whose checkpoints it went on from, of population based training."""
+    copied_after: list[int] = field(default_factory=list)
+    """How many reports it had made before each copy."""
 
     @property
     def has_ended(self) -> bool:
@@ -58,12 +60,25 @@ class Trial:
         return self.reports[-1] if self.reports else None
 
     @property
+    def step(self) -> int:
+        """The step it goes on from: of the last report, or of the copy after it."""
+        if self.copied_after and self.copied_after[-1] == len(self.reports):
+            return self.copied_from[-1][1]
+        return self.reports[-1].step if self.reports else 0
+
+    @property
     def tokens(self) -> int:
-        """Tokens it was trained on, those of steps it took again after a copy included."""
-        return sum(
-            report.tokens - (former.tokens if former and former.tokens <= report.tokens else 0)
-            for former, report in zip([None, *self.reports], self.reports, strict=False)
-        )
+        """Tokens it was trained on, those of steps it took again after a copy included. Reports count from the run's
+        first step: after a copy, what the trial itself had trained up to the copied step was there already."""
+        copies = {after: step for after, (_, step) in zip(self.copied_after, self.copied_from, strict=True)}
+        total, former = 0, 0
+        for place, report in enumerate(self.reports):
+            if place in copies:
+                before = (one.tokens for one in reversed(self.reports[:place]) if one.step <= copies[place])
+                former = next(before, 0)
+            total += report.tokens - (former if former <= report.tokens else 0)
+            former = report.tokens
+        return total
 
     def best(self, mode: str) -> Report | None:
         """The best report ever, the earliest of equals; values that are no numbers never count."""
@@ -99,14 +114,22 @@ class Journal:
 
     def __init__(self, sweep_dir: Path) -> None:
         self._path = sweep_dir / JOURNAL_FILE
-        self.state = read_journal(sweep_dir)
         _drop_half_line(self._path)
+        self.state = read_journal(sweep_dir)
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, event: str, **details: Any) -> None:
-        """One event, on its way to the disk when this returns."""
+        """One event, on its way to the disk when this returns. Raises RunDirError when there is no room for it."""
         line = {"event": event, "time": round(time.time(), 3), **details}
-        os.write(self._file, (json.dumps(line) + "\n").encode())
+        content = (json.dumps(line) + "\n").encode()
+        size = os.fstat(self._file).st_size
+        try:
+            written, problem = os.write(self._file, content), "no space"
+        except OSError as error:
+            written, problem = 0, error.strerror or str(error)
+        if written < len(content):
+            os.ftruncate(self._file, size)
+            raise RunDirError(str(self._path), f"cannot be written: {problem}.", "Make room, then --resume.")
         _apply(self.state, line)
 
     def close(self) -> None:
@@ -119,31 +142,29 @@ def read_journal(sweep_dir: Path) -> SweepState:
     unfinished."""
     state = SweepState()
     session: tuple[float, float] | None = None
-    for line in _lines(sweep_dir / JOURNAL_FILE):
-        if line["event"] == "session":
-            state.seconds += session[1] - session[0] if session else 0.0
-            session = (line["time"], line["time"])
-            for trial in state.trials.values():
-                trial.state = "unfinished" if trial.state == "running" else trial.state
-        elif session:
-            session = (session[0], line["time"])
-        _apply(state, line)
+    path = sweep_dir / JOURNAL_FILE
+    for number, text in enumerate(_lines(path), start=1):
+        try:
+            line = json.loads(text)
+            if line["event"] == "session":
+                state.seconds += session[1] - session[0] if session else 0.0
+                session = (line["time"], line["time"])
+                for trial in state.trials.values():
+                    trial.state = "unfinished" if trial.state == "running" else trial.state
+            elif session:
+                session = (session[0], line["time"])
+            _apply(state, line)
+        except (ValueError, KeyError, TypeError):
+            raise RunDirError(f"{path}:{number}", "is damaged.", "Begin a new sweep in another folder.") from None
     state.seconds += session[1] - session[0] if session else 0.0
     for trial in state.trials.values():
         trial.state = "unfinished" if trial.state == "running" else trial.state
     return state
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    lines = path.read_text().splitlines()
-    for number, text in enumerate(lines, start=1):
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise RunDirError(f"{path}:{number}", "is damaged.", "Begin a new sweep in another folder.") from None
+def _lines(path: Path) -> list[str]:
+    """The whole ones: what has no end yet is still being written, or was cut off."""
+    return path.read_text().split("\n")[:-1] if path.is_file() else []
 
 
 def _drop_half_line(path: Path) -> None:
@@ -178,5 +199,6 @@ def _apply(state: SweepState, line: Mapping[str, Any]) -> None:
     elif event == "copy":
         trial.settings = dict(line["settings"])
         trial.copied_from.append((line["source"], line["step"]))
+        trial.copied_after.append(len(trial.reports))
     else:
         trial.state, trial.reason = line["state"], line.get("reason", "")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,29 @@ def failure_file(sweep_dir: Path, number: int) -> Path:
 def copy_folder(sweep_dir: Path, number: int) -> Path:
     """Holds the checkpoint of another trial that a trial is to go on from."""
     return sweep_dir / COPIES_FOLDER / f"{number:04d}"
+
+
+def staged_copy(sweep_dir: Path, number: int, count: int) -> Path:
+    """The same before the journal says it. count: the how many-th copy of the trial it is."""
+    return copy_folder(sweep_dir, number).with_name(f"{number:04d}.{count}")
+
+
+def take_copy(sweep_dir: Path, number: int, staged: Path) -> None:
+    """The journal has it: the trial's next start finds it."""
+    folder = copy_folder(sweep_dir, number)
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)
+
+
+def settle_copies(sweep_dir: Path, copies: Mapping[int, int]) -> None:
+    """Ends what a killed driver had begun: takes a staged copy that the journal has, deletes one that it has not.
+    copies: how many each trial has in the journal."""
+    for staged in (sweep_dir / COPIES_FOLDER).glob("*.*"):
+        number, _, count = staged.name.partition(".")
+        if copies.get(int(number)) == int(count):
+            take_copy(sweep_dir, int(number), staged)
+        else:
+            shutil.rmtree(staged)
 
 
 def write_plan(sweep_dir: Path, plan: TrialPlan) -> None:

@@ -48,7 +48,7 @@ def _parts(candidates: Candidates, state: SweepState, not_retrained: str) -> Ite
             f"The best is the {'lowest' if config.mode == 'min' else 'highest'} {metric} that any trial ever reported, "
             "at whatever step, and its checkpoint is that of this step; values that are no numbers never count."
         )
-        blocks = [Table([[key, shown(value)] for key, value in best[1].settings.items()]), Paragraph(rule)]
+        blocks: list[Block] = [Table([[key, shown(value)] for key, value in best[1].settings.items()]), Paragraph(rule)]
         if not_retrained:
             blocks.append(Paragraph(f"These settings could not be trained again: {not_retrained}"))
         yield Part("The best", blocks)

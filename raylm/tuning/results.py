@@ -140,7 +140,7 @@ def best_config(candidates: Candidates, report: Report) -> TrainConfig:
     """A training with the best settings, that `raylm train` runs as it is, in a folder of its own."""
     from raylm.training.before_start import with_absolute_paths
 
-    return with_absolute_paths(candidates.best(report.settings))
+    return with_absolute_paths(candidates.retraining(report.settings, {}))
 
 
 def keep_best(candidates: Candidates, trial: Trial, report: Report) -> BestModel:
@@ -184,7 +184,7 @@ def retrain_config(candidates: Candidates, report: Report) -> TrainConfig:
     """What `retrain` trains: a former attempt at the same goes on, one at anything else is replaced."""
     from raylm.training.before_start import with_absolute_paths
 
-    config = with_absolute_paths(candidates.retraining(report.settings))
+    config = with_absolute_paths(candidates.retraining(report.settings, candidates.config.retrain_set))
     former = Path(config.run.dir) / CONFIG_FILE
     if not former.is_file():
         return config

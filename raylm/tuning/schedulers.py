@@ -57,7 +57,7 @@ def make_scheduler(
             brackets=section.brackets,
             stop_last_trials=False,
         ),
-        "median_stop": lambda: _remembering(MedianStoppingRule)(
+        "median_stop": lambda: _remembering(MedianStop)(
             state, **common, grace_period=first, min_samples_required=section.min_trials
         ),
         "hyperband": lambda: HyperBandScheduler(
@@ -108,6 +108,13 @@ def _remembering(kind: type[TrialScheduler]) -> Any:
                 super().on_trial_result(_NOBODY, stand_in, {STEP: report.step, VALUE: report.value})
 
     return Remembering
+
+
+class MedianStop(MedianStoppingRule):
+    """A trial with too few others to compare with goes on: a pause would end its processes for nothing."""
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
+        return str(TrialScheduler.CONTINUE)
 
 
 class Population(PopulationBasedTraining):

@@ -1,24 +1,30 @@
 """A sweep while its driver runs: numbers trials, writes the journal, answers Ray Tune (tune_run.py)."""
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raylm.config import TrainConfig
 from raylm.errors import RaylmError
-from raylm.training.checkpoint import checkpoint_name, remove_checkpoint
+from raylm.training.checkpoint import checkpoint_name
 from raylm.training.stopping import STOP_FILE
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Journal, SweepState
 from raylm.tuning.pins import drop_checkpoints, link_checkpoint, newest_pin, pin_path, settle_best
-from raylm.tuning.plans import TrialPlan, copy_folder, failure_file, write_plan
+from raylm.tuning.plans import TrialPlan, failure_file, settle_copies, staged_copy, take_copy, write_plan
 from raylm.tuning.room import Room
 from raylm.tuning.search import Search, generator
 from raylm.tuning.space import Settings, described, perturbed
 from raylm.tuning.trackers import Trackers
 
 logger = logging.getLogger(__name__)
+
+MOST_FAILURES = 8
+"""Trials that may fail one after another without a report, where time or tokens are to end the sweep: they use neither
+up."""
 
 
 class Session:
@@ -38,9 +44,11 @@ class Session:
         self._former_seconds, self._started = self.state.seconds, time.monotonic()
         self._trackers = Trackers()
         self._noted: set[int] = set()
+        self._failures = 0
         self.interrupted = False
         self.ended_here = 0
         """Trials that have ended in this session."""
+        settle_copies(self.sweep_dir, {trial.number: len(trial.copied_from) for trial in self.state.trials.values()})
         journal.write("session", retry_failed=retry_failed)
 
     @property
@@ -79,9 +87,13 @@ class Session:
         left = self.num_trials is None or len(self.state.trials) < self.num_trials
         return not self.is_over() and (bool(self._waiting) or left)
 
+    @property
+    def _gave_up(self) -> bool:
+        return self.num_trials is None and self._failures >= MOST_FAILURES
+
     def next_trial(self) -> int | None:
         """The number of the trial to start next, whose plan is written; None when there is no more."""
-        while not self.is_over():
+        while not self.is_over() and not self._gave_up:
             if self._waiting:
                 number = self._waiting.pop(0)
                 settings = self.state.trials[number].settings
@@ -94,28 +106,28 @@ class Session:
                     return None
                 settings = suggested
                 self._journal.write("trial", number=number, settings=settings)
-            if self._plan(number, settings):
-                self._journal.write("start", number=number, num_steps=self.state.trials[number].num_steps)
-                logger.info("trial %d starts: %s", number, described(settings))
-                return number
+            try:
+                config = self._checked(number, settings)
+            except RaylmError as error:
+                self.ended(number, "failed", str(error))
+                continue
+            self._plan(number, config)
+            self._journal.write("start", number=number, num_steps=self.state.trials[number].num_steps)
+            logger.info("trial %d starts: %s", number, described(settings))
+            return number
         return None
 
-    def _plan(self, number: int, settings: Settings, *, reported: int | None = None) -> bool:
-        """Checks and writes the plan; settings that cannot be are a trial that failed. reported: step of the last
-        report, where it is not the trial's own."""
+    def _checked(self, number: int, settings: Settings) -> TrainConfig:
+        """The configuration of a trial. Raises RaylmError for settings that cannot be."""
         from raylm.training.before_start import with_absolute_paths
 
-        try:
-            config = with_absolute_paths(self._candidates.build(number, settings))
-            self._candidates.check_whole(config, settings)
-        except RaylmError as error:
-            self.ended(number, "failed", str(error))
-            return False
+        config = with_absolute_paths(self._candidates.build(number, settings))
+        self._candidates.check_whole(config, settings)
+        return config
+
+    def _plan(self, number: int, config: TrainConfig) -> None:
         self._settle(number)
         self._trackers.start(number, config)
-        if reported is None:
-            last = self.state.trials[number].last
-            reported = last.step if last else 0
         write_plan(
             self.sweep_dir,
             TrialPlan(
@@ -126,10 +138,9 @@ class Session:
                 self._candidates.report_interval(config),
                 self._room.resources(config),
                 tuple(objective.metric for objective in self.config.search.objectives),
-                reported,
+                self.state.trials[number].step,
             ),
         )
-        return True
 
     def note(self, number: int, flat: Mapping[str, Any]) -> None:
         """A trial has reported, and its scheduler is about to act on it. flat: the result as Ray Tune flattens it for
@@ -144,6 +155,7 @@ class Session:
         if number in self._noted:
             self._noted.discard(number)
         elif result.get("is_new"):
+            self._failures = 0
             names = ("step", "value", "tokens", "seconds", "figures", "num_steps")
             self._journal.write("report", number=number, **{name: result[name] for name in names})
             self._settle(number)
@@ -156,6 +168,9 @@ class Session:
     def ended(self, number: int, state: str, reason: str = "") -> None:
         """A trial has ended; frees what it need not keep on the disk."""
         self.ended_here += 1
+        self._failures += state == "failed" and not self.state.trials[number].reports
+        if self.num_trials is None and self._failures == MOST_FAILURES:
+            logger.warning("%d trials in a row failed: no more are started. The last reason: %s", MOST_FAILURES, reason)
         self._trackers.end(number, failed=state == "failed")
         self._journal.write("end", number=number, state=state, **({"reason": reason} if reason else {}))
         trial_dir = self._candidates.trial_dir(number)
@@ -166,7 +181,11 @@ class Session:
         logger.info("trial %d %s%s%s", number, state, shown, f": {reason}" if reason else "")
 
     def close(self) -> None:
-        """No trial runs any more: frees the disk, and lets trackers have what they lack."""
+        """No trial runs any more: those that did not end are unfinished. Frees the disk, and lets trackers have what
+        they lack."""
+        self.state.seconds = self.seconds
+        for trial in self.state.trials.values():
+            trial.state = "unfinished" if trial.state == "running" else trial.state
         self.free_disk()
         self._trackers.close()
 
@@ -185,7 +204,8 @@ class Session:
             drop_checkpoints(self._candidates.trial_dir(trial.number), but_best=self.config.keep == "all" or is_best)
 
     def exchange(self, number: int, source: int, step: int) -> bool:
-        """Lets a trial go on from another's checkpoint, with settings near the other's; False where it has none."""
+        """Lets a trial go on from another's checkpoint, with settings near the other's; False where the other has none,
+        or the settings cannot be, and the trial goes on as it is."""
         donor = self.state.trials[source]
         found = pin_path(self._candidates.trial_dir(source), step)
         checkpoint = found if found.is_dir() else newest_pin(self._candidates.trial_dir(source))
@@ -200,11 +220,17 @@ class Session:
             factors=section.factors,
             resample_probability=section.resample_probability,
         )
+        try:
+            config = self._checked(number, settings)
+        except RaylmError as error:
+            logger.warning("trial %d goes on as it is: %s", number, error)
+            return False
         step = int(checkpoint.name.removeprefix("step-"))
-        folder = copy_folder(self.sweep_dir, number)
-        for former in folder.glob("step-*"):
-            remove_checkpoint(former)
-        link_checkpoint(checkpoint, folder / checkpoint_name(step))
+        staged = staged_copy(self.sweep_dir, number, len(trial.copied_from) + 1)
+        shutil.rmtree(staged, ignore_errors=True)
+        link_checkpoint(checkpoint, staged / checkpoint_name(step))
         self._journal.write("copy", number=number, source=source, step=step, settings=settings)
+        take_copy(self.sweep_dir, number, staged)
         logger.info("trial %d goes on from step %d of trial %d: %s", number, step, source, described(settings))
-        return self._plan(number, settings, reported=step)
+        self._plan(number, config)
+        return True

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,48 @@ def test_damage_in_the_middle_is_told(tmp_path: Path) -> None:
         read_journal(tmp_path)
 
 
+@pytest.mark.parametrize("line", ['{"event": "end", "number": 3, "state": "finished"}', '{"time": 1.0}', "3"])
+def test_lines_that_say_nothing_are_damage_too(tmp_path: Path, line: str) -> None:
+    (tmp_path / JOURNAL_FILE).write_text(line + "\n")
+    with pytest.raises(RunDirError, match=r"journal\.jsonl:1: is damaged"):
+        Journal(tmp_path)
+
+
+def test_a_last_line_without_its_end_is_none_though_it_can_be_read(tmp_path: Path) -> None:
+    """It is cut off, so what it says must not be known either: later lines would be about nothing."""
+    journal = Journal(tmp_path)
+    write_reports(journal, 0, [1.0])
+    journal.close()
+    path = tmp_path / JOURNAL_FILE
+    path.write_text(path.read_text() + '{"event": "trial", "number": 1, "settings": {}}')
+    assert list(read_journal(tmp_path).trials) == [0]
+    again = Journal(tmp_path)
+    assert list(again.state.trials) == [0]
+    again.write("end", number=0, state="finished")
+    again.close()
+    assert read_journal(tmp_path).trials[0].state == "finished"
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path) -> None:
+    """The system writes what there is room for, here up to a limit of the file's size."""
+    journal = Journal(tmp_path)
+    write_reports(journal, 0, [1.0])
+    path = tmp_path / JOURNAL_FILE
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (10, 0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+        try:
+            with pytest.raises(RunDirError, match=r"journal\.jsonl: cannot be written: .*Make room, then --resume"):
+                journal.write("end", number=0, state="finished")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before
+        assert journal.state.trials[0].state == "running"
+    journal.write("end", number=0, state="finished")
+    journal.close()
+    assert read_journal(tmp_path).trials[0].state == "finished"
+
+
 def test_wall_time_is_that_of_the_sessions(tmp_path: Path) -> None:
     lines = [("session", 0.0), ("session", 100.0), ("session", 1000.0)]
     trial = [{"event": "trial", "time": 130.0, "number": 0, "settings": {}}]
@@ -96,3 +139,16 @@ def test_settings_of_a_copied_trial_change_from_there_on(tmp_path: Path) -> None
     assert [report.settings for report in trial.reports] == [{"a": 1}, {"a": 2}]
     assert trial.copied_from == [(3, 7)]
     assert trial.tokens == 80
+
+
+def test_tokens_of_steps_that_a_copy_took_again_count_again(tmp_path: Path) -> None:
+    """10 tokens a step. Steps 1 to 3, back to 1, 2 and 3 again: 5 steps."""
+    journal = Journal(tmp_path)
+    write_reports(journal, 0, [3.0, 2.0, 1.0])
+    trial = journal.state.trials[0]
+    assert (trial.tokens, trial.step) == (30, 3)
+    journal.write("copy", number=0, source=1, step=1, settings={})
+    assert (trial.tokens, trial.step) == (30, 1)
+    for step in (2, 3):
+        journal.write("report", number=0, step=step, value=1.0, tokens=10 * step, seconds=1.0, figures={})
+    assert (trial.tokens, trial.step) == (50, 3)

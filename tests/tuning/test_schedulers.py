@@ -77,6 +77,15 @@ def test_the_median_is_that_of_all_sessions() -> None:
     assert tell(made("median_stop", SweepState(), min_trials=3), 3, [0.5]) == [CONTINUE]
 
 
+def test_too_few_to_compare_with_pause_nobody() -> None:
+    """Though others wait for a place."""
+    waiting = SimpleNamespace(status="PENDING")
+    controller = SimpleNamespace(get_live_trials=lambda: [waiting], search_alg=None)
+    scheduler, trial = made("median_stop", SweepState(), min_trials=3), FakeTrial(0)
+    scheduler.on_trial_add(controller, trial)
+    assert scheduler.on_trial_result(controller, trial, {"step": 5, "value": 0.5}) == CONTINUE
+
+
 def test_every_scheduler_can_be_made() -> None:
     for name in ("none", "asha", "median_stop", "hyperband", "pbt"):
         assert made(name, SweepState()) is not None

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
+import raylm
+from raylm.cli import main
 from raylm.config import SweepConfig, load_config
-from raylm.errors import RunDirError
+from raylm.errors import ConfigError, RunDirError
 from raylm.training.checkpoint import CheckpointMeta, checkpoint_name
 from raylm.training.checkpoint_writer import CheckpointWriter
 from raylm.training.run_dir import open_run_dir
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Journal, Report, SweepState, read_journal
-from raylm.tuning.pins import pin
-from raylm.tuning.plans import copy_folder, failure_file, read_plan
+from raylm.tuning.pins import link_checkpoint, pin
+from raylm.tuning.plans import copy_folder, failure_file, read_plan, staged_copy
 from raylm.tuning.progress import SweepView, watch_sweep
 from raylm.tuning.results import finish_sweep, retrain_config
 from raylm.tuning.room import Room
@@ -138,6 +140,95 @@ def test_an_exchange_copies_checkpoint_and_settings(settings: dict[str, Any]) ->
     assert read_plan(found.sweep_dir, 1).reported == 2
     assert read_plan(found.sweep_dir, 1).config.optimizer.learning_rate == copy
     assert read_journal(found.sweep_dir).trials[1].copied_from == [(0, 2)]
+
+
+def with_a_donor(settings: dict[str, Any], **overrides: Any) -> Session:
+    """Two trials, of which trial 0 has a checkpoint of step 2."""
+    import torch
+
+    from raylm.training.state import Piece
+
+    pbt = {"name": "pbt", "interval_steps": 2, "resample_probability": 0.0}
+    found = session(settings, scheduler=pbt, **overrides)
+    assert [found.next_trial(), found.next_trial()] == [0, 1]
+    writer = CheckpointWriter(found.trial_dir(0) / "checkpoints", asynchronous=False)
+    writer.save({"w": Piece(torch.ones(2), 0, (2,))}, CheckpointMeta(2, {}))
+    pin(found.trial_dir(0), found.trial_dir(0) / "checkpoints" / checkpoint_name(2), 2, 0.1, "min")
+    return found
+
+
+def test_an_exchange_to_settings_that_cannot_be_changes_nothing(settings: dict[str, Any]) -> None:
+    decay = "optimizer.weight_decay"
+    space = {decay: {"choice": [0.01, 0.02, -1.0, -2.0]}}
+    draws = {seed: RandomSearch(candidates_of(settings, space=space, seed=seed)) for seed in range(50)}
+    seed = next(
+        seed for seed, draw in draws.items() if all((draw.suggest(n, SweepState()) or {})[decay] > 0 for n in (0, 1))
+    )
+    found = with_a_donor(settings, space=space, seed=seed)
+    found.state.trials[0].settings = {decay: -2.0}
+    before, plan = replace(found.state.trials[1]), read_plan(found.sweep_dir, 1)
+    assert not found.exchange(1, 0, 2)
+    assert found.state.trials[1] == before
+    assert before.state == "running"
+    assert read_plan(found.sweep_dir, 1) == plan
+    assert not list(found.sweep_dir.glob("copies/*"))
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_copy_at_which_the_driver_died_is_whole_or_not_at_all(settings: dict[str, Any], noted: bool) -> None:
+    found = with_a_donor(settings)
+    donor = found.trial_dir(0) / "checkpoints" / checkpoint_name(2)
+    link_checkpoint(donor, staged_copy(found.sweep_dir, 1, 1) / checkpoint_name(2))
+    if noted:
+        journal = Journal(found.sweep_dir)
+        journal.write("copy", number=1, source=0, step=2, settings={"optimizer.learning_rate": 2e-4})
+        journal.close()
+    again = session(settings, scheduler={"name": "pbt", "interval_steps": 2})
+    assert [path.name for path in again.sweep_dir.glob("copies/*")] == (["0001"] if noted else [])
+    assert [again.next_trial(), again.next_trial()] == [0, 1]
+    plan = read_plan(again.sweep_dir, 1)
+    assert plan.reported == (2 if noted else 0)
+    assert (plan.config.optimizer.learning_rate == 2e-4) == noted
+
+
+def test_a_session_that_ends_knows_its_time_and_that_nothing_runs(settings: dict[str, Any]) -> None:
+    found = session(settings)
+    found.next_trial()
+    found.close()
+    assert found.state.seconds > 0
+    assert found.state.trials[0].state == "unfinished"
+
+
+def test_a_sweep_whose_trials_all_fail_ends(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """They use neither time nor tokens up."""
+    found = session(settings, budget={"tokens": 100})
+    for number in range(3):
+        assert found.next_trial() == number
+        found.failed(number, "no memory")
+    assert found.next_trial() == 3
+    found.reported(3, report(2, 1.0, tokens=1))
+    found.failed(3, "no memory")
+    for number in range(4, 12):
+        assert found.next_trial() == number
+        found.failed(number, f"no memory for {number}")
+    assert found.next_trial() is None
+    assert "8 trials in a row failed: no more are started. The last reason: no memory for 11" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.yaml", "--retry-failed"], "--retry-failed: is for a sweep that is resumed"),
+        (["--resume", "x", "--dry-run"], "--dry-run: excludes --resume"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="retry_failed: is for a sweep that is resumed"):
+        raylm.sweep({}, retry_failed=True)
 
 
 def test_a_report_that_its_scheduler_saw_first_is_noted_once(settings: dict[str, Any]) -> None:
