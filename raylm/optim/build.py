@@ -22,6 +22,15 @@ def check_optimizer(section: OptimizerSection) -> None:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1) or known
             raise ConfigError("optimizer.options", f"{section.name} has no option {option}.", f"Nearest: {near[0]}.")
+    if section.options:
+        import torch
+
+        try:  # its constructor knows what its options may be
+            plain = section.model_copy(update={"learning_rates": {}})
+            build_optimizer([("0.weight", torch.nn.Parameter(torch.zeros(2, 2)))], plain)
+        except (TypeError, ValueError, IndexError, AssertionError) as error:
+            given = ", ".join(f"{name}={value!r}" for name, value in section.options.items())
+            raise ConfigError("optimizer.options", f"{section.name} does not take {given}: {error}.") from None
 
 
 def option_names(row: OptimizerRow) -> list[str]:

@@ -52,20 +52,24 @@ class _Lines:
     """For logs: each phase, and a step at most every LINE_INTERVAL_S."""
 
     def __init__(self) -> None:
-        self._num_steps = 0
+        self._num_steps, self._from = 0, 0
         self._shown_at = 0.0
         self._phase = ""
 
     def phase(self, event: dict[str, Any]) -> None:
         if event.get("num_steps"):
             self._num_steps = event["num_steps"]
+        if "workers" in event:  # they begin here; lines before are of a former start
+            self._from = event["step"]
         if event["phase"] != self._phase:
             self._phase = event["phase"]
             logger.info("%s%s", self._phase, f" (step {event['step']})" if event.get("step") else "")
 
     def step(self, line: dict[str, Any]) -> None:
         done = line["step"] == self._num_steps
-        if "train/loss" not in line or (time.monotonic() - self._shown_at < LINE_INTERVAL_S and not done):
+        if "train/loss" not in line or not self._from < line["step"] <= self._num_steps:
+            return
+        if (time.monotonic() - self._shown_at < LINE_INTERVAL_S) and not done:
             return
         self._shown_at = time.monotonic()
         logger.info("%s", describe_step(line, self._num_steps))
@@ -111,8 +115,9 @@ class _Bar:
 def describe_step(line: dict[str, Any], num_steps: int) -> str:
     """One step in a line: loss, gradient norm, learning rate, tokens/s, MFU, memory, time left."""
     left = (num_steps - line["step"]) * line["train/step_s"]
+    norm = line.get("train/grad_norm", float("inf"))  # not there where an fp16 step was passed over
     return (
-        f"step {line['step']}/{num_steps}  loss {line['train/loss']:.4f}  grad_norm {line['train/grad_norm']:.3f}  "
+        f"step {line['step']}/{num_steps}  loss {line['train/loss']:.4f}  grad_norm {norm:.3f}  "
         f"learning_rate {line['train/learning_rate']:.2e}  {line['train/tokens_per_second']:.0f} tokens/s  "
         f"mfu {line['train/mfu']:.2f}  {line['memory/host_gib']:.1f} GiB  {left:.0f} s left"
     )

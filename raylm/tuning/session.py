@@ -51,6 +51,10 @@ class Session:
         settle_copies(self.sweep_dir, {trial.number: len(trial.copied_from) for trial in self.state.trials.values()})
         journal.write("session", retry_failed=retry_failed)
 
+    def __reduce__(self) -> Any:
+        """Ray Tune pickles its scheduler and what may stop it, and with them this; nothing is restored from that."""
+        return str, ("a session",)
+
     @property
     def state(self) -> SweepState:
         """All trials so far."""

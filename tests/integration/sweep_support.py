@@ -26,7 +26,6 @@ def write_sweep(folder: Path, model: Path, data: Path, evaluation: Path, **setti
                 "precision": "fp32",
             },
             "schedule": {"name": "constant"},
-            "metrics": {"sinks": []},
         },
         "dir": str(folder / "sweep"),
         "space": {"optimizer.learning_rate": {"loguniform": [1e-5, 3e-2]}},

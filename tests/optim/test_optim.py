@@ -64,6 +64,9 @@ def test_unknown_optimizers_and_options_name_the_nearest() -> None:
         check_optimizer(OptimizerSection(name="adamv"))
     with pytest.raises(ConfigError, match=r"adamw has no option beta\. Nearest: betas"):
         check_optimizer(OptimizerSection(options={"beta": 0.9}))
+    with pytest.raises(ConfigError, match=r"adamw does not take betas=0\.9: "):
+        check_optimizer(OptimizerSection(options={"betas": 0.9}))
+    check_optimizer(OptimizerSection(options={"betas": [0.8, 0.9]}, learning_rates={"lm_head": 1e-3}))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,18 @@ def test_phases_and_steps_are_shown_as_lines(tmp_path: Path, caplog: pytest.LogC
     assert len(caplog.messages) == 2
 
 
+def test_a_resumed_run_shows_its_own_steps_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its file of figures is written anew, with the lines of former starts."""
+    caplog.set_level(logging.INFO, "raylm.training.progress")
+    with (tmp_path / "out.txt").open("w") as stream, watch_run(tmp_path, stream):
+        event = {"phase": "training", "step": 4, "num_steps": 6, "workers": 1}
+        (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+        lines = [{**STEP, "step": step} for step in (1, 4, 6)]
+        del lines[-1]["train/grad_norm"]  # an fp16 step that was passed over
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [message.split("  ")[0] for message in caplog.messages] == ["training (step 4)", "step 6/6"]
+
+
 def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, start_step=0)
     for step in (1, 2, 3):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,15 @@ def report(step: int, value: float, tokens: int = 10) -> dict[str, Any]:
         "num_steps": 4,
         "is_new": True,
     }
+
+
+def test_ray_tune_may_pickle_what_hangs_on_a_session(settings: dict[str, Any]) -> None:
+    """Its scheduler and its stopper; trackers that are open have threads."""
+    settings["base"]["metrics"] = {"sinks": ["tensorboard"]}
+    running = session(settings)
+    assert running.next_trial() == 0
+    assert b"a session" in pickle.dumps(running.exchange.__self__)
+    running.close()
 
 
 def test_trials_are_numbered_up_to_the_budget_and_planned(settings: dict[str, Any]) -> None:

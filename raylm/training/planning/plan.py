@@ -7,6 +7,7 @@ import torch
 from raylm.config import TrainConfig
 from raylm.data.survey import Survey, survey
 from raylm.errors import ConfigError
+from raylm.models.kernels import check_kernels
 from raylm.optim.schedules import learning_rate_factor
 from raylm.training.before_start import check_before_start, with_absolute_paths
 from raylm.training.datasets import order_of
@@ -84,6 +85,7 @@ def plan_training(
     check_run_dir(config)
     device = _device(config)
     precision = resolve_precision(config.training.precision, device)
+    check_kernels(config.model.kernels, on_gpu=device.type == "cuda")
     found = survey(config.data.train, config.data, source, seed=config.run.seed)
     module, trainable = _meta_module(config)
     steps_per_epoch, steps, tokens = _steps(config, found)
