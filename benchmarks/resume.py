@@ -104,7 +104,10 @@ def _after_a_killed_driver(folder: Path) -> float:
         time.sleep(0.02)
     driver.kill()
     driver.wait()
-    done = _steps_done(run_dir)
+    done = -1
+    while _steps_done(run_dir) > done:  # its workers notice a little later
+        done = _steps_done(run_dir)
+        time.sleep(3)
     started = time.perf_counter()
     driver = start("auto")
     while _steps_done(run_dir) <= done:
