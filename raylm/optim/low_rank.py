@@ -4,39 +4,30 @@ pytorch-optimizer 4.1.0 keeps the projection in an object that no checkpoint can
 gradient and projects it back; in the paper the whole gradient is scaled, so that updates are not of low rank.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from raylm.optim.hidden import HiddenApart
 
-class _LowRank(torch.optim.Optimizer):
-    """Groups with `hidden` set are projected onto `rank` directions of their shorter side, which are drawn anew every
-    `interval_steps` steps; the others take torch.optim's AdamW."""
 
-    counts_on_device = True
-    """Fused AdamW reads the count of steps there."""
+class _LowRank(HiddenApart):
+    """Matrices are projected onto `rank` directions of their shorter side, which are drawn anew every `interval_steps`
+    steps."""
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, **own: Any) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "hidden": False, "betas": betas, "eps": eps, **own})
-        # It owns no groups: a step lends it this optimizer's, and its state.
-        self._adamw = torch.optim.AdamW([torch.zeros(1)], betas=betas, eps=eps, fused=True)
+        super().__init__(
+            params, {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps, **own}, betas=betas, eps=eps
+        )
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step."""
-        self._adamw.param_groups = [
-            {**self._adamw.defaults, **group} for group in self.param_groups if not group["hidden"]
-        ]
-        self._adamw.state = self.state
-        self._adamw.step()
-        for group in self.param_groups:
-            for parameter in group["params"] if group["hidden"] else ():
-                if parameter.grad is not None:
-                    update = self._update(group, parameter.grad, self.state[parameter])
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * group["scale"])
+    def step_matrix(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        """See HiddenApart."""
+        update = self._update(group, gradient, self.state[parameter])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * group["scale"])
 
     def _update(self, group: dict[str, Any], gradient: Tensor, state: dict[str, Any]) -> Tensor:
         tall = gradient.shape[0] >= gradient.shape[1]
@@ -57,15 +48,15 @@ class _LowRank(torch.optim.Optimizer):
         update = self._whole(group, gradient, low, state["exp_avg"] / pace / (1 - beta1**count), state)
         return update.T if tall else update
 
+    @abstractmethod
     def _projection(self, gradient: Tensor, rank: int, number: int) -> Tensor:
         """(short, rank). number: of the projection, from 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _whole(
         self, group: dict[str, Any], gradient: Tensor, low: Tensor, step: Tensor, state: dict[str, Any]
     ) -> Tensor:
         """The update, (short, long), from Adam's step in the projection, (rank, long)."""
-        raise NotImplementedError
 
 
 class GaLore(_LowRank):

@@ -11,15 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from raylm.optim.hidden import HiddenApart
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Groups with `hidden` set take Muon (arXiv:2502.16982, with the rate scaled to AdamW's), the others AdamW."""
-
-    counts_on_device = True
-    """Fused AdamW reads the count of steps there."""
+class MuonWithAdamW(HiddenApart):
+    """Matrices take Muon (arXiv:2502.16982, with the rate scaled to AdamW's)."""
 
     def __init__(
         self,
@@ -34,26 +33,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         """momentum … adjust_lr_fn: Muon's; betas, eps: AdamW's."""
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "hidden": False})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, betas=betas, eps=eps)
         self._momentum, self._nesterov, self._steps = momentum, nesterov, int(ns_steps)
         self._matches_adamw = adjust_lr_fn == "match_rms_adamw"
-        # It owns no groups: a step lends it this optimizer's, and its state.
-        self._adamw = torch.optim.AdamW([torch.zeros(1)], betas=betas, eps=eps, fused=True)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step."""
-        self._adamw.param_groups = [
-            {**self._adamw.defaults, **group} for group in self.param_groups if not group["hidden"]
-        ]
-        self._adamw.state = self.state
-        self._adamw.step()
-        for group in self.param_groups:
-            for parameter in group["params"] if group["hidden"] else ():
-                if parameter.grad is not None:
-                    self._step_matrix(group, parameter, parameter.grad)
-
-    def _step_matrix(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+    def step_matrix(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        """See HiddenApart."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

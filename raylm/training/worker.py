@@ -73,9 +73,9 @@ def run_worker(
     parts = [part for part in (scaler,) if part]
     start_step = read_meta(job.start_from).step if job.start_from else 0
     switch = _switching(config, strategy, start_step) if config.training.method == "lisa" else None
-    if switch:
-        switch(start_step)  # so that what rests is not brought to the device; the first step frees it
     if job.start_from:
+        if switch:
+            switch(start_step)  # so that what rests is not brought to the device; the first step frees it
         _restore(job, strategy, parts)
     averages = _averages(config, strategy)
     hooks = WorkerHooks(job, data, strategy, precision, start_step, events, node_goes_away, parts, averages, switch)

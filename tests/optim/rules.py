@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 Array = np.ndarray
 Rule = Callable[..., Iterator[Array]]
 
 
-def _steps(gradients: Sequence[Array], rates: Sequence[float]) -> Iterator[tuple[int, Array, float]]:
+def steps_of(gradients: Sequence[Array], rates: Sequence[float]) -> Iterator[tuple[int, Array, float]]:
     yield from zip(range(1, len(gradients) + 1), gradients, rates, strict=True)
 
 
@@ -22,7 +21,7 @@ def adamw(
     w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float, l2: bool = False
 ) -> Iterator[Array]:
     m, v = np.zeros_like(w), np.zeros_like(w)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         if l2:
             g = g + decay * w
         else:
@@ -39,7 +38,7 @@ def adam(*arguments: Any, **options: Any) -> Iterator[Array]:
 
 def adabelief(w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float) -> Iterator[Array]:
     m, s = np.zeros_like(w), np.zeros_like(w)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         w = w - lr * decay * w
         m = betas[0] * m + (1 - betas[0]) * g
         s = betas[1] * s + (1 - betas[1]) * (g - m) ** 2 + eps
@@ -51,7 +50,7 @@ def adabound(
     w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, final_lr: float, gamma: float, eps: float
 ) -> Iterator[Array]:
     m, v, peak = np.zeros_like(w), np.zeros_like(w), max(rates)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         w = w - lr * decay * w
         m = betas[0] * m + (1 - betas[0]) * g
         v = betas[1] * v + (1 - betas[1]) * g**2
@@ -63,7 +62,7 @@ def adabound(
 
 def adadelta(w: Array, gradients: Any, rates: Any, decay: float, *, rho: float, eps: float) -> Iterator[Array]:
     squares, changes = np.zeros_like(w), np.zeros_like(w)
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         g = g + decay * w
         squares = rho * squares + (1 - rho) * g**2
         change = np.sqrt(changes + eps) / np.sqrt(squares + eps) * g
@@ -80,7 +79,7 @@ def adafactor(
     w: Array, gradients: Any, rates: Any, decay: float, *, beta2_decay: float, eps: Any, d: float
 ) -> Iterator[Array]:
     rows, columns, v = 0.0, 0.0, 0.0
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         share = 1 - t**beta2_decay
         pace = max(eps[1], _rms(w)) * min(lr, 1 / np.sqrt(t))
         w = w - lr * decay * w
@@ -97,7 +96,7 @@ def adafactor(
 
 def adagrad(w: Array, gradients: Any, rates: Any, decay: float, *, eps: float) -> Iterator[Array]:
     squares = np.zeros_like(w)
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         g = g + decay * w
         squares = squares + g**2
         w = w - lr * g / (np.sqrt(squares) + eps)
@@ -106,7 +105,7 @@ def adagrad(w: Array, gradients: Any, rates: Any, decay: float, *, eps: float) -
 
 def adamax(w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float) -> Iterator[Array]:
     m, u = np.zeros_like(w), np.zeros_like(w)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         g = g + decay * w
         m = betas[0] * m + (1 - betas[0]) * g
         u = np.maximum(betas[1] * u, np.abs(g) + eps)
@@ -132,7 +131,7 @@ def adamp(
     w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float, delta: float, wd_ratio: float
 ) -> Iterator[Array]:
     m, v = np.zeros_like(w), np.zeros_like(w)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         m = betas[0] * m + (1 - betas[0]) * g
         v = betas[1] * v + (1 - betas[1]) * g**2
         update, ratio = _projected(
@@ -146,7 +145,7 @@ def sgdp(
     w: Array, gradients: Any, rates: Any, decay: float, *, momentum: float, delta: float, wd_ratio: float
 ) -> Iterator[Array]:
     buffer = np.zeros_like(w)
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         buffer = momentum * buffer + g
         update, ratio = _projected(w, g, buffer, delta, wd_ratio)
         w = w - lr * decay * ratio / (1 - momentum) * w - lr * update
@@ -155,7 +154,7 @@ def sgdp(
 
 def adan(w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float) -> Iterator[Array]:
     m, v, n, before = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w), gradients[0]
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         m = betas[0] * m + (1 - betas[0]) * g
         v = betas[1] * v + (1 - betas[1]) * (g - before)
         n = betas[2] * n + (1 - betas[2]) * (g + betas[1] * (g - before)) ** 2
@@ -178,7 +177,7 @@ def ademamix(
     t_alpha_beta3: float = 0.0,
 ) -> Iterator[Array]:
     fast, slow, v = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         share, beta3 = alpha, betas[2]
         if t_alpha_beta3:
             part, first, last = t / t_alpha_beta3, np.log(betas[0]), np.log(betas[2])
@@ -196,7 +195,7 @@ def came(
     w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps1: float, eps2: float, clip_threshold: float
 ) -> Iterator[Array]:
     m, v, rows, columns, doubt_rows, doubt_columns = np.zeros_like(w), 0.0, 0.0, 0.0, 0.0, 0.0
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         w = w - lr * decay * w
         square = g**2 + eps1
         if g.ndim == 2:
@@ -220,7 +219,7 @@ def came(
 
 def lamb(w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float) -> Iterator[Array]:
     m, v = np.zeros_like(w), np.zeros_like(w)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         m = betas[0] * m + (1 - betas[0]) * g
         v = betas[1] * v + (1 - betas[1]) * g**2
         update = (m / (1 - betas[0] ** t)) / (np.sqrt(v / (1 - betas[1] ** t)) + eps) + decay * w
@@ -232,7 +231,7 @@ def lars(
     w: Array, gradients: Any, rates: Any, decay: float, *, momentum: float, trust_coefficient: float
 ) -> Iterator[Array]:
     buffer = np.zeros_like(w)
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         if w.ndim == 2:
             local = trust_coefficient * np.linalg.norm(w) / (np.linalg.norm(g) + decay * np.linalg.norm(w))
             g = local * (g + decay * w)
@@ -243,7 +242,7 @@ def lars(
 
 def lion(w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any) -> Iterator[Array]:
     m = np.zeros_like(w)
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         w = w - lr * (np.sign(betas[0] * m + (1 - betas[0]) * g) + decay * w)
         m = betas[1] * m + (1 - betas[1]) * g
         yield w
@@ -254,7 +253,7 @@ def muon(
 ) -> Iterator[Array]:
     """With the paper's coefficients, in float64."""
     buffer, (a, b, c) = np.zeros_like(w), (3.4445, -4.7750, 2.0315)
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         buffer = momentum * buffer + g
         x = g + momentum * buffer
         x = x / np.linalg.norm(x)
@@ -279,7 +278,7 @@ def nadam(
     decoupled_weight_decay: bool,
 ) -> Iterator[Array]:
     m, v, product = np.zeros_like(w), np.zeros_like(w), 1.0
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         w = w - lr * decay * w
         now, then = (betas[0] * (1 - 0.5 * 0.96 ** (i * momentum_decay)) for i in (t, t + 1))
         product *= now
@@ -292,7 +291,7 @@ def nadam(
 
 def novograd(w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float) -> Iterator[Array]:
     m, v = np.zeros_like(w), 0.0
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         square = np.sum(g**2)
         v = square if t == 1 else betas[1] * v + (1 - betas[1]) * square
         scaled = g / (np.sqrt(v) + eps) + decay * w
@@ -305,7 +304,7 @@ def radam(
     w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float, decoupled_weight_decay: bool
 ) -> Iterator[Array]:
     m, v, longest = np.zeros_like(w), np.zeros_like(w), 2 / (1 - betas[1]) - 1
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         w = w - lr * decay * w
         m = betas[0] * m + (1 - betas[0]) * g
         v = betas[1] * v + (1 - betas[1]) * g**2
@@ -320,7 +319,7 @@ def radam(
 
 def rmsprop(w: Array, gradients: Any, rates: Any, decay: float, *, alpha: float, eps: float) -> Iterator[Array]:
     v = np.zeros_like(w)
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         g = g + decay * w
         v = alpha * v + (1 - alpha) * g**2
         w = w - lr * g / (np.sqrt(v) + eps)
@@ -329,7 +328,7 @@ def rmsprop(w: Array, gradients: Any, rates: Any, decay: float, *, alpha: float,
 
 def sgd(w: Array, gradients: Any, rates: Any, decay: float, *, momentum: float) -> Iterator[Array]:
     buffer = np.zeros_like(w)
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         buffer = momentum * buffer + g + decay * w
         w = w - lr * buffer
         yield w
@@ -340,7 +339,7 @@ def schedulefree_adamw(
 ) -> Iterator[Array]:
     """averages: yields x, the weights to use, not y, where gradients are taken."""
     x, z, v, total, highest = w, w, np.zeros_like(w), 0.0, 0.0
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         y = (1 - betas[0]) * z + betas[0] * x
         v = betas[1] * v + (1 - betas[1]) * g**2
         z = z - lr * (g / (np.sqrt(v / (1 - betas[1] ** t)) + eps) + decay * y)
@@ -354,7 +353,7 @@ def schedulefree_sgd(
     w: Array, gradients: Any, rates: Any, decay: float, *, momentum: float, averages: bool = False
 ) -> Iterator[Array]:
     x, z, total, highest = w, w, 0.0, 0.0
-    for _, g, lr in _steps(gradients, rates):
+    for _, g, lr in steps_of(gradients, rates):
         y = (1 - momentum) * z + momentum * x
         z = z - lr * (g + decay * y)
         highest = max(highest, lr)
@@ -377,7 +376,7 @@ def sophia(
 ) -> Iterator[Array]:
     """Estimates are of the same gradients, of this many labels."""
     m, h = np.zeros_like(w), np.zeros_like(w)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         m = betas[0] * m + (1 - betas[0]) * g
         if t % hessian_interval_steps == 1 % hessian_interval_steps:
             h = betas[1] * h + (1 - betas[1]) * labels * g * g
@@ -390,7 +389,7 @@ def yogi(
     w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, initial_accumulator: float, eps: float
 ) -> Iterator[Array]:
     m, v = np.full_like(w, initial_accumulator), np.full_like(w, initial_accumulator)
-    for t, g, lr in _steps(gradients, rates):
+    for t, g, lr in steps_of(gradients, rates):
         w = w - lr * decay * w
         m = betas[0] * m + (1 - betas[0]) * g
         v = v - (1 - betas[1]) * np.sign(v - g**2) * g**2
@@ -398,215 +397,11 @@ def yogi(
         yield w
 
 
-def adam_mini(
-    w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float, block_rows: int = 1
-) -> Iterator[Array]:
-    m, v = np.zeros_like(w), 0.0
-    for t, g, lr in _steps(gradients, rates):
-        m = betas[0] * m + (1 - betas[0]) * g
-        blocks = g.reshape(-1, block_rows, g.shape[1]) if g.ndim == 2 else g.reshape(1, -1, 1)
-        v = betas[1] * v + (1 - betas[1]) * (blocks**2).mean((1, 2), keepdims=True)
-        scale = np.broadcast_to(np.sqrt(v / (1 - betas[1] ** t)) + eps, blocks.shape).reshape(g.shape)
-        w = w - lr * decay * w - lr * m / (1 - betas[0] ** t) / scale
-        yield w
-
-
-def soap(
-    w: Array,
-    gradients: Any,
-    rates: Any,
-    decay: float,
-    *,
-    betas: Any,
-    eps: float,
-    precondition_frequency: int,
-    max_precondition_dim: int,
-) -> Iterator[Array]:
-    """A step only makes the bases if it is the first. Bases are refined by one round of power iteration."""
-    m, v, sides, bases = np.zeros_like(w), np.zeros_like(w), [], []
-    matrix = w.ndim == 2
-
-    def turned(x: Array, back: bool = False) -> Array:
-        if not matrix:
-            return x
-        left, right = (basis.T if back else basis for basis in bases)
-        return left.T @ x @ right
-
-    for t, g, lr in _steps(gradients, rates):
-        new = [g @ g.T, g.T @ g] if matrix else []
-        if t == 1:
-            sides = [(1 - betas[1]) * part for part in new]
-            bases = [
-                np.linalg.eigh(part)[1][:, ::-1] if len(part) <= max_precondition_dim else np.eye(len(part))
-                for part in sides
-            ]
-            yield w
-            continue
-        count = t - 1
-        m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * turned(g) ** 2
-        pace = lr * np.sqrt(1 - betas[1] ** count) / (1 - betas[0] ** count)
-        w = w - pace * turned(turned(m) / (np.sqrt(v) + eps), back=True)
-        w = w - lr * decay * w
-        sides = [betas[1] * part + (1 - betas[1]) * square for part, square in zip(sides, new, strict=True)]
-        if count % precondition_frequency == 0:
-            for side, part in enumerate(sides):
-                if len(part) <= max_precondition_dim:
-                    order = np.argsort(-np.diag(bases[side].T @ part @ bases[side]))
-                    v = np.take(v, order, axis=side)
-                    bases[side] = np.linalg.qr((part @ bases[side])[:, order])[0]
-        yield w
-
-
-def _low_rank(
-    w: Array,
-    gradients: Any,
-    rates: Any,
-    decay: float,
-    betas: Any,
-    eps: float,
-    interval_steps: int,
-    projection: Callable[[Array, int], Array],
-    update: Callable[[Array, Array, Array, Array], Array],
-) -> Iterator[Array]:
-    m, v, basis = 0.0, 0.0, np.zeros(0)
-    tall = w.shape[0] >= w.shape[1]
-    for t, g, lr in _steps(gradients, rates):
-        g = g.T if tall else g
-        if (t - 1) % interval_steps == 0:
-            basis = projection(g, (t - 1) // interval_steps)
-        low = basis.T @ g
-        m = betas[0] * m + (1 - betas[0]) * low
-        v = betas[1] * v + (1 - betas[1]) * low**2
-        change = update(g, basis, low, m / (1 - betas[0] ** t) / (np.sqrt(v / (1 - betas[1] ** t)) + eps))
-        w = w - lr * decay * w - lr * (change.T if tall else change)
-        yield w
-
-
-def galore(
-    w: Array,
-    gradients: Any,
-    rates: Any,
-    decay: float,
-    *,
-    betas: Any,
-    eps: float,
-    rank: int,
-    interval_steps: int,
-    scale: float,
-) -> Iterator[Array]:
-    def projection(g: Array, number: int) -> Array:
-        return np.linalg.svd(g, full_matrices=False)[0][:, :rank]
-
-    def update(g: Array, basis: Array, low: Array, step: Array) -> Array:
-        return scale * basis @ step
-
-    yield from _low_rank(w, gradients, rates, decay, betas, eps, interval_steps, projection, update)
-
-
-def apollo(
-    w: Array,
-    gradients: Any,
-    rates: Any,
-    decay: float,
-    *,
-    betas: Any,
-    eps: float,
-    rank: int,
-    interval_steps: int,
-    scale: float,
-    scale_type: str,
-    max_growth: float,
-) -> Iterator[Array]:
-    """Projections are random with variance 1/rank; drawn as the optimizer draws them."""
-    norms: list[float] = []
-
-    def projection(g: Array, number: int) -> Array:
-        generator = torch.Generator().manual_seed((number * 1_000_003 + g.shape[0]) * 1_000_003 + g.shape[1])
-        size = min(rank, len(g))
-        return torch.randn(len(g), size, generator=generator, dtype=torch.float64).numpy() / np.sqrt(size)
-
-    def update(g: Array, basis: Array, low: Array, step: Array) -> Array:
-        axis = 0 if scale_type == "channel" else None
-        scaled = g * np.linalg.norm(step, axis=axis) / np.linalg.norm(low, axis=axis)
-        norm = float(np.linalg.norm(scaled))
-        if norms and norm > max_growth * norms[-1]:
-            scaled, norm = scaled * max_growth * norms[-1] / norm, max_growth * norms[-1]
-        norms.append(norm)
-        return scale * scaled
-
-    yield from _low_rank(w, gradients, rates, decay, betas, eps, interval_steps, projection, update)
-
-
-def dynamic_map(signed: bool) -> Array:
-    """The 256 values of dynamic tree quantisation, arXiv:2110.02861, section 2.1: a sign bit, zeros that count the
-    exponent, an indicator bit, and a linear fraction."""
-    exponents, values = 7, [0.0, 1.0]
-    for exponent in range(exponents):
-        bounds = np.linspace(0.1, 1, 2 ** (exponent + (0 if signed else 1)) + 1, dtype=np.float32)
-        means = (bounds[:-1] + bounds[1:]) / 2
-        found = 10.0 ** (exponent - exponents + 1) * means
-        values += [*found, *(-found if signed else ())]
-    return np.sort(np.array(values, np.float32))
-
-
-def _quantised(x: Array, signed: bool) -> Array:
-    """What is left of a flat array in blocks of 256: nearest values of the map times the block's largest."""
-    values = dynamic_map(signed)
-    found = np.empty_like(x)
-    for start in range(0, len(x), 256):
-        block = x[start : start + 256]
-        largest = np.abs(block).max()
-        nearest = np.abs(block[:, None] / (largest or 1.0) - values[None]).argmin(1)
-        found[start : start + 256] = values[nearest] * largest
-    return found
-
-
-def _kept(x: Array, signed: bool, min_8bit_size: int) -> Array:
-    return x if x.size < min_8bit_size else _quantised(x.ravel(), signed).reshape(x.shape)
-
-
-def adamw_8bit(
-    w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, eps: float, min_8bit_size: int
-) -> Iterator[Array]:
-    m, v = np.zeros_like(w), np.zeros_like(w)
-    for t, g, lr in _steps(gradients, rates):
-        m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * g**2
-        w = w - lr * decay * w
-        w = w - lr * (m / (1 - betas[0] ** t)) / (np.sqrt(v / (1 - betas[1] ** t)) + eps)
-        m, v = _kept(m, True, min_8bit_size), _kept(v, False, min_8bit_size)
-        yield w
-
-
-def lion_8bit(w: Array, gradients: Any, rates: Any, decay: float, *, betas: Any, min_8bit_size: int) -> Iterator[Array]:
-    m = np.zeros_like(w)
-    for _, g, lr in _steps(gradients, rates):
-        w = w - lr * decay * w
-        w = w - lr * np.sign(betas[0] * m + (1 - betas[0]) * g)
-        m = _kept(betas[1] * m + (1 - betas[1]) * g, True, min_8bit_size)
-        yield w
-
-
 RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
         *(adabelief, adabound, adadelta, adafactor, adagrad, adam, adamax, adamp, adamw, adan, ademamix, came, lamb),
-        *(
-            lars,
-            lion,
-            muon,
-            nadam,
-            novograd,
-            radam,
-            rmsprop,
-            schedulefree_adamw,
-            schedulefree_sgd,
-            sgd,
-            sgdp,
-            sophia,
-            yogi,
-        ),
-        *(adam_mini, soap, galore, apollo, adamw_8bit, lion_8bit),
+        *(lars, lion, muon, nadam, novograd, radam, rmsprop, schedulefree_adamw, schedulefree_sgd, sgd, sgdp, sophia),
+        yogi,
     )
-} | {"paged_adamw_8bit": adamw_8bit, "paged_lion_8bit": lion_8bit}
+}

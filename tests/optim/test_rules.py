@@ -12,7 +12,9 @@ from raylm.optim.table import OPTIMIZERS
 from raylm.training.planning.optimizer_state import state_bytes
 from raylm.training.state import collect_state, restore_state
 from raylm.training.strategies.base import rest_optimizer
-from tests.optim.rules import RULES
+from tests.optim import rules, rules_small_state
+
+RULES = rules.RULES | rules_small_state.RULES
 
 STEPS, DECAY = 20, 0.1
 RNG = np.random.default_rng(7)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from raylm.config import TrainConfig, load_config
-from raylm.data.plan import RunPlan, plan_run
+from raylm.data.plan import RunPlan
 from raylm.data.stream import MicroBatch, PackedRow
 from raylm.training.checkpoint import open_state, read_meta
+from raylm.training.datasets import order_of
 from raylm.training.job import WorkerData, WorkerJob
 from raylm.training.run_dir import RunDir
 from raylm.training.state import Piece
@@ -65,16 +66,7 @@ def make_config(model: Path, run_dir: Path, *overrides: str) -> TrainConfig:
 
 def make_plan(config: TrainConfig, rows: Rows) -> RunPlan:
     """The order of a run over `rows`."""
-    return plan_run(
-        rows.lengths,
-        max_seq_len=config.data.max_seq_len,
-        packing=config.data.packing,
-        shuffle=config.data.shuffle,
-        seed=config.run.seed,
-        num_epochs=config.training.num_epochs,
-        global_batch_size=config.training.global_batch_size,
-        max_steps=config.training.max_steps,
-    )
+    return order_of(config, rows.lengths, None)
 
 
 def run_in_process(
