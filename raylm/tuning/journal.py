@@ -90,10 +90,12 @@ class Trial:
 
 @dataclass(slots=True)
 class SweepState:
-    """All of a sweep. seconds: wall time of its sessions so far."""
+    """All of a sweep. seconds: wall time of its sessions so far; folder: where it began, which relative paths of its
+    configuration are read from."""
 
     trials: dict[int, Trial] = field(default_factory=dict)
     seconds: float = 0.0
+    folder: str = ""
 
     @property
     def tokens(self) -> int:
@@ -176,6 +178,9 @@ def _drop_half_line(path: Path) -> None:
 
 def _apply(state: SweepState, line: Mapping[str, Any]) -> None:
     event = line["event"]
+    if event == "session":
+        state.folder = state.folder or line.get("folder", "")
+        return
     if event == "trial":
         state.trials[line["number"]] = Trial(line["number"], dict(line["settings"]))
         return

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,22 @@ def resume_sweep(
     folder = Path(sweep_dir).expanduser().resolve()
     if not (folder / SWEEP_FILE).is_file():
         raise RunDirError(str(folder), "holds no sweep.", "Give the dir of one.")
-    with _alone(folder):
+    with _alone(folder), _where_it_began(read_journal(folder).folder):
         return _resume(folder, overrides, config, retry_failed=retry_failed)
+
+
+@contextmanager
+def _where_it_began(began: str) -> Iterator[None]:
+    """Relative paths mean what they meant to the first driver, from whatever folder the sweep goes on."""
+    if not began or began == os.getcwd():
+        yield
+    elif Path(began).is_dir():
+        logger.info("relative paths are read from %s, where the sweep began", began)
+        with chdir(began):
+            yield
+    else:
+        logger.warning("%s, where the sweep began, is gone: relative paths are read from here", began)
+        yield
 
 
 def _resume(folder: Path, overrides: Any, config: SweepConfig | None, *, retry_failed: bool) -> SweepResult:

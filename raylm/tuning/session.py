@@ -1,6 +1,7 @@
 """A sweep while its driver runs: numbers trials, writes the journal, answers Ray Tune (tune_run.py)."""
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ class Session:
         self.ended_here = 0
         """Trials that have ended in this session."""
         settle_copies(self.sweep_dir, {trial.number: len(trial.copied_from) for trial in self.state.trials.values()})
-        journal.write("session", retry_failed=retry_failed)
+        journal.write("session", retry_failed=retry_failed, folder=self.state.folder or os.getcwd())
 
     def __reduce__(self) -> Any:
         """Ray Tune pickles its scheduler and what may stop it, and with them this; nothing is restored from that."""

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 import raylm
 from raylm.training.checkpoint import verify_checkpoints
-from raylm.training.metrics import read_metrics
+from raylm.training.metrics import read_events, read_metrics
 from raylm.tuning.journal import JOURNAL_FILE, SweepState, read_journal
 from tests.conftest import PAIRS, command_line
-from tests.integration.sweep_support import finished, sweep_process, write_sweep
+from tests.integration.sweep_support import ROOT, finished, sweep_process, write_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -218,3 +220,35 @@ def test_a_lost_trial_gives_back_what_it_held(sweep_file: Callable[..., Path], t
         assert json.loads(output.splitlines()[-1])["states"] == {"failed": 1, "finished": 1}
     finally:
         driver.kill()
+
+
+def test_the_job_form_trains_the_best_again(sweep_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Two workers a trial, relative paths, going on from another folder, and the best trained again for longer."""
+    tree = yaml.safe_load(sweep_file().read_text())
+    data = tree["base"]["data"]
+    for key in ("train", "eval"):
+        data[key] = str(Path(data[key]).relative_to(tmp_path))
+    tree |= {"budget": {"trials": 1}, "concurrency": 1, "resources": {"num_workers": 2, "cpus_per_worker": 1}}
+    tree |= {"retrain_best": True, "retrain_set": {"training.max_steps": 15}, "export_best": True}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(tree))
+
+    def job(where: Path, *arguments: str) -> dict[str, Any]:
+        line = [sys.executable, "-m", "jobs.sweep", *arguments, "--json"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, cwd=where, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    first = job(tmp_path, "sweep.yaml")
+    assert first["states"] == {"finished": 1}
+    folder = tmp_path / "sweep"
+    (event,) = [line for line in read_events(folder / "trials" / "0000") if line["phase"] == "training"]
+    assert event["workers"] == 2
+    retrained = Path(first["retrained_dir"])
+    assert max(line["step"] for line in read_metrics(retrained)) == 15
+    assert (retrained / "export" / "model.safetensors").is_file()
+    assert (folder / "best" / "export" / "model.safetensors").is_file()
+    (tmp_path / "elsewhere").mkdir()
+    again = job(tmp_path / "elsewhere", "--resume", str(folder), "budget.trials=2")
+    assert again["states"] == {"finished": 2}
+    assert read_journal(folder).folder == str(tmp_path)

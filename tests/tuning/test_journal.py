@@ -46,9 +46,10 @@ def test_only_numbers_can_be_best(tmp_path: Path) -> None:
 def test_what_ran_when_the_driver_died_is_unfinished(tmp_path: Path) -> None:
     """T01, T05: ended trials are known as such; the one that ran goes on; a half line is left out and written over."""
     journal = Journal(tmp_path)
-    journal.write("session")
+    journal.write("session", folder="/first")
     write_reports(journal, 0, [1.0])
     journal.write("end", number=0, state="finished")
+    journal.write("session", folder="/second")
     write_reports(journal, 1, [1.0])
     journal.write("end", number=1, state="failed", reason="out of memory")
     write_reports(journal, 2, [1.0, 0.5])
@@ -56,6 +57,7 @@ def test_what_ran_when_the_driver_died_is_unfinished(tmp_path: Path) -> None:
     with (tmp_path / JOURNAL_FILE).open("a") as file:
         file.write('{"event": "end", "number": 2, "sta')
     again = Journal(tmp_path)
+    assert again.state.folder == "/first"
     states = {number: (trial.state, trial.has_ended, trial.reason) for number, trial in again.state.trials.items()}
     assert states == {
         0: ("finished", True, ""),
