@@ -1,4 +1,4 @@
-"""An answer in a form that two servers can be compared in: without ids and times, and a stream as what it adds up to."""
+"""An answer in a form that two servers can be compared in: without ids and times, a stream as what it adds up to."""
 
 import json
 import re
@@ -105,7 +105,7 @@ def _content(choice: dict[str, Any]) -> str:
 
 
 def _kind(event: dict[str, Any]) -> str:
-    """Keys of the event and its choices, and what is no text: reasons, roles, names of tools, whether usage is there."""
+    """Keys of an event and its choices, and what is no text: reasons, roles, names of tools, whether there is usage."""
     if "type" in event:
         return f"{event['type']} {sorted(event)}"
     parts = [
