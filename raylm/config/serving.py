@@ -30,6 +30,9 @@ class ServeArgs(Section):
     """CPUs of one replica; without GPU also the engine's compute threads when there are several replicas."""
     num_gpus: float | Literal["auto"] = "auto"
     """GPUs of one replica; `auto` is `engine.tensor_parallel_size`, or 1, where the cluster has GPUs, else 0."""
+    tool_parser: str = Field("auto", min_length=1)
+    """What reads tool calls out of an answer: one of vLLM's parsers by name, `none`, or `auto`: by the chat template,
+    where that is unmistakable (docs/serving.md)."""
     engine: dict[str, Any] = {}
     """Further engine and server arguments under vLLM's own names, with underscores, such as `enforce_eager`."""
 

@@ -16,7 +16,8 @@ _DECIMALS = 3  # of a log-probability
 class Answer:
     """status; media: content type; body: normalised JSON, or text; events, texts: of a stream, else empty.
 
-    events: the kinds of the events in order, equal neighbours once, because a busy server sends two tokens in one.
+    events: the kinds of the events in order, those of each choice for themselves, and equal neighbours once, because a
+    busy server sends two tokens in one.
     texts: what the deltas of each choice add up to.
     """
 
@@ -69,7 +70,7 @@ def shape(value: Any) -> Any:
 
 
 def _stream(response: httpx.Response, media: str) -> Answer:
-    events: list[str] = []
+    kinds: dict[int, list[str]] = {}
     texts: dict[int, str] = {}
     usage: Any = None
     # Strict decoding: a character cut in two by a chunk would raise here.
@@ -79,7 +80,7 @@ def _stream(response: httpx.Response, media: str) -> Answer:
             assert not line or name == "event", line
             continue
         if data == "[DONE]":
-            events.append("done")
+            kinds.setdefault(-1, []).append("done")
             continue
         event = json.loads(data)
         usage = event.get("usage") or usage
@@ -88,11 +89,12 @@ def _stream(response: httpx.Response, media: str) -> Answer:
         if event.get("type", "").endswith(".delta"):
             texts[0] = texts.get(0, "") + event["delta"]
         kind = _kind(event)
-        if not events or events[-1] != kind:
-            events.append(kind)
-    return Answer(
-        response.status_code, media, normalised(usage), tuple(events), tuple(text for _, text in sorted(texts.items()))
-    )
+        of_choice = kinds.setdefault(min((choice["index"] for choice in event.get("choices", ())), default=-1), [])
+        if not of_choice or of_choice[-1] != kind:
+            of_choice.append(kind)
+    events = tuple(kind for _, kinds_of_choice in sorted(kinds.items()) for kind in kinds_of_choice)
+    joined = tuple(text for _, text in sorted(texts.items()))
+    return Answer(response.status_code, media, normalised(usage), events, joined)
 
 
 def _content(choice: dict[str, Any]) -> str:

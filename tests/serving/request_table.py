@@ -91,7 +91,7 @@ REQUESTS: dict[str, Request] = {
     "completion with prompt_logprobs": completion(prompt_logprobs=2),
     "completion with echo": completion(echo=True, logprobs=1),
     "completion with echo and no new token": completion(echo=True, max_tokens=0),
-    "completion with logit_bias": completion(logit_bias={"43": 100}, max_tokens=4, text="JJJJ"),
+    "completion with logit_bias": completion(logit_bias={"43": 100}, max_tokens=4, text="IIII"),
     "completion with allowed tokens": completion(allowed_token_ids=[40, 41], max_tokens=12, stream_too=True),
     "completion with min_tokens and ignore_eos": completion(min_tokens=6, ignore_eos=True, stream_too=True),
     "completion with token ids": completion(return_token_ids=True),
@@ -188,7 +188,7 @@ REQUESTS: dict[str, Request] = {
     "stream without stream_options": chat(stream=True),
     "stream with empty stream_options": chat(stream=True, stream_options={}),
     "stream with usage": chat(stream=True, stream_options={"include_usage": True}),
-    "stream with usage and n": chat(stream=True, stream_options={"include_usage": True}, n=2),
+    "stream with usage and n": chat(stream=True, stream_options={"include_usage": True}, n=2, temperature=0.7, seed=1),
     "stream with usage in each chunk": completion(
         stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True}
     ),
@@ -211,7 +211,7 @@ REQUESTS: dict[str, Request] = {
     "prompt as long as the context": completion(400, prompt=[40] * CONTEXT, max_tokens=1),
     "prompt longer than the context": completion(400, prompt=[40] * (CONTEXT + 1), max_tokens=1),
     "prompt longer than the context, streamed": completion(400, prompt=[40] * 300, stream=True),
-    "max_tokens over the context": completion(400, max_tokens=CONTEXT),
+    "max_tokens over the context is cut to what is left": completion(max_tokens=CONTEXT),
     "chat longer than the context": chat(400, messages=[user("a b " * 400)]),
     "chat longer than the context, streamed": chat(400, messages=[user("a b " * 400)], stream=True),
 }
@@ -225,7 +225,7 @@ ODD_REQUESTS: dict[str, Request] = {
     "wrong method": Request(path="/v1/chat/completions", method="GET", status=405),
     "wrong method, models": Request(path="/v1/models", body={}, status=405),
     "wrong content type": Request(
-        path="/v1/chat/completions", body=b"{}", headers={"content-type": "text/plain"}, status=415
+        path="/v1/chat/completions", body=b"{}", headers={"content-type": "text/plain"}, status=400
     ),
     "malformed JSON": Request(
         path="/v1/chat/completions", body=b'{"model": ', headers={"content-type": "application/json"}, status=400
@@ -255,6 +255,7 @@ ODD_REQUESTS: dict[str, Request] = {
     "max_tokens that is huge": completion(400, max_tokens=10**18),
     "seed that is huge": completion(400, seed=2**70),
     "n of 0": completion(400, n=0),
+    "n above 1 of the likeliest answer": completion(400, n=2),
     "n that is huge": completion(400, n=10**6),
     "logprobs above the limit": completion(400, logprobs=10_000),
     "min_tokens above max_tokens": completion(400, min_tokens=9, max_tokens=3),
