@@ -1,8 +1,8 @@
 """The configuration of a server: the application, and the endpoint it is reached at."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 
@@ -35,6 +35,12 @@ class ServeArgs(Section):
     where that is unmistakable (docs/serving.md)."""
     engine: dict[str, Any] = {}
     """Further engine and server arguments under vLLM's own names, with underscores, such as `enforce_eager`."""
+
+    @model_validator(mode="after")
+    def one_key_names_the_tool_parser(self) -> Self:
+        if self.tool_parser != "auto" and "tool_call_parser" in self.engine:
+            raise ValueError("tool_parser excludes engine.tool_call_parser. Set one of them")
+        return self
 
 
 class ServeConfig(ServeArgs):

@@ -84,10 +84,8 @@ def own_metrics(model: str, folder: str, seconds: Mapping[str, float]) -> str:
     from prometheus_client import CollectorRegistry, Gauge, generate_latest
     from vllm import __version__ as vllm_version
 
-    import raylm
-
     registry = CollectorRegistry()
-    versions = {"raylm": raylm.__version__, "vllm": vllm_version, "ray": version("ray"), "torch": version("torch")}
+    versions = {name: version(name) for name in ("raylm", "ray", "torch")} | {"vllm": vllm_version}
     built = Gauge("raylm_build_info", "Versions of the software; always 1.", list(versions), registry=registry)
     built.labels(**versions).set(1)
     served = Gauge("raylm_model_info", "The model that is served; always 1.", ["model_name", "path"], registry=registry)

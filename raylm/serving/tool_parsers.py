@@ -59,7 +59,7 @@ def json_text(token: str) -> str:
 def tool_settings(choice: str, engine: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """vLLM's arguments for `tool_parser`; none where `engine` has them, or nothing is known of the model.
 
-    choice: `auto`, `none`, or a parser's name. folder: the model's, or a hub id, which says nothing before it is loaded.
+    choice: `auto`, `none`, or a parser's name. folder: the model's; a hub id says nothing before it is loaded.
     """
     if choice == "none" or {"tool_call_parser", "enable_auto_tool_choice"} & engine.keys():
         return {}

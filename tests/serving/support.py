@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,16 +78,25 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(model: Path, folder: Path, settings: Sequence[str] = (), *, name: str = MODEL) -> Iterator[Running]:
-    """Our server behind HAProxy, stopped by ctrl-c. settings: KEY=VALUE, after those of every test server."""
+def running_server(
+    model: Path,
+    folder: Path,
+    settings: Sequence[str] = (),
+    *,
+    port: int | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Running]:
+    """Our server behind HAProxy, stopped by ctrl-c. settings: KEY=VALUE, after those of every test server; variables
+    of its environment."""
     (folder / "key").write_text(KEY + "\n")
     # Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(prefix="rl") as ray_dir, (folder / "log").open("w") as log:
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": ray_dir}
+        environment |= variables or {}
         options = [
             f"model={model}",
-            f"name={name}",
-            f"port={free_port()}",
+            f"name={MODEL}",
+            f"port={port or free_port()}",
             f"api_key_file={folder / 'key'}",
             "proxy=haproxy",
             "kv_cache_gib=0.1",
