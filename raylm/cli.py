@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     extend.add_argument(
         "--pad-to-multiple-of", type=int, metavar="K", help="fill the rows up to a multiple with pieces"
     )
+    metrics = commands.add_parser("metrics", help="watch servers").add_subparsers(required=True, metavar="COMMAND")
+    board = _command(metrics, "dashboard", _dashboard, "print the Grafana dashboard of a server")
+    board.add_argument("--output", metavar="FILE", help="file to write instead")
     optimizers = commands.add_parser("optim", help="look at optimizers").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -287,6 +290,17 @@ def _serve(options: Any) -> None:
             server.wait()
         except KeyboardInterrupt:
             print("stopping", file=sys.stderr)
+
+
+def _dashboard(options: Any) -> None:
+    from raylm.serving.dashboard import dashboard
+
+    text = json.dumps(dashboard(), indent=2)
+    if options.output is None:
+        print(text)
+        return
+    Path(options.output).write_text(text + "\n", encoding="utf-8")
+    print(json.dumps({"output": options.output}) if options.json else f"dashboard       {options.output}")
 
 
 def _curl(url: str, model: str) -> str:

@@ -1,8 +1,8 @@
 """The configuration of a server: the application, and the endpoint it is reached at."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 
@@ -30,8 +30,17 @@ class ServeArgs(Section):
     """CPUs of one replica; without GPU also the engine's compute threads when there are several replicas."""
     num_gpus: float | Literal["auto"] = "auto"
     """GPUs of one replica; `auto` is `engine.tensor_parallel_size`, or 1, where the cluster has GPUs, else 0."""
+    tool_parser: str = Field("auto", min_length=1)
+    """What reads tool calls out of an answer: one of vLLM's parsers by name, `none`, or `auto`: by the chat template,
+    where that is unmistakable (docs/serving.md)."""
     engine: dict[str, Any] = {}
     """Further engine and server arguments under vLLM's own names, with underscores, such as `enforce_eager`."""
+
+    @model_validator(mode="after")
+    def one_key_names_the_tool_parser(self) -> Self:
+        if self.tool_parser != "auto" and "tool_call_parser" in self.engine:
+            raise ValueError("tool_parser excludes engine.tool_call_parser. Set one of them")
+        return self
 
 
 class ServeConfig(ServeArgs):

@@ -7,6 +7,7 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError
+from raylm.serving.tool_parsers import tool_settings
 
 # Set by a field of ours, or by Ray Serve, which does the listening.
 RESERVED = {
@@ -48,7 +49,7 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
-    settings |= args.engine
+    settings |= tool_settings(args.tool_parser, args.engine, folder) | args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 
 

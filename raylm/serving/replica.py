@@ -17,7 +17,8 @@ from raylm.config.serving import ServeArgs
 from raylm.errors import ServingError
 from raylm.models.folder import as_folder
 from raylm.serving.api_key import KEY_VARIABLE, RequireKey, digest
-from raylm.serving.engine_args import command_line
+from raylm.serving.engine_args import command_line, model_name
+from raylm.serving.metrics import OneMetricsPage, Phases, ServePage, own_metrics, replica_id
 
 _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
 
@@ -35,12 +36,17 @@ class Replica:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         self._key_digest = key_digest or (digest(node_key) if node_key else None)
         self._exit_stack = AsyncExitStack()
-        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+        self._args, self._phases = args, Phases()
+        with self._phases.timed("import"):
+            from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 
-        self._namespace = _parse(args, as_folder(args.model))
+            self._namespace = _parse(args, as_folder(args.model))
         try:
-            self._engine = await self._exit_stack.enter_async_context(build_async_engine_client(self._namespace))
-            await self._answer_once()
+            with self._phases.timed("engine"):
+                client = build_async_engine_client(self._namespace)
+                self._engine = await self._exit_stack.enter_async_context(client)
+            with self._phases.timed("first answer"):
+                await self._answer_once()
         except Exception as error:
             # vLLM raises whatever its layers raise; the reason may stand in the log of the engine's own process.
             raise ServingError(args.model, f"the engine did not start: {_reason(error)}") from error
@@ -50,14 +56,18 @@ class Replica:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
-        tasks = await self._engine.get_supported_tasks()
-        app = build_app(self._namespace, tasks, self._engine.model_config)
-        await init_app_state(self._engine, app.state, self._namespace, tasks)
+        with self._phases.timed("routes"):
+            tasks = await self._engine.get_supported_tasks()
+            app = build_app(self._namespace, tasks, self._engine.model_config)
+            await init_app_state(self._engine, app.state, self._namespace, tasks)
         app.state.server = types.SimpleNamespace()  # vLLM's error handler tells its uvicorn server to stop through it
+        # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
+        stack: Any = app.middleware_stack or app.build_middleware_stack()
+        own = own_metrics(model_name(self._args), self._args.model, self._phases.seconds)
+        stack = OneMetricsPage(stack, replica_id(), own, ServePage())
         if self._key_digest is not None:
-            # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
-            stack = app.middleware_stack or app.build_middleware_stack()
-            app.middleware_stack = RequireKey(stack, self._key_digest)
+            stack = RequireKey(stack, self._key_digest)
+        app.middleware_stack = stack
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager

@@ -4,14 +4,7 @@ The first is started like the CLI starts it and stopped by ctrl-c; the second jo
 """
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,72 +23,9 @@ from raylm.inference.chat import HELP, chat_in_terminal
 from raylm.serving import serve
 from tests.conftest import command_line
 from tests.data.support import bot, call, chat, result
+from tests.serving.support import KEY, Running, free_port
 
-KEY = "s3cret-" + "k" * 24
-PROGRAM = """
-import sys
-from raylm.config import ServeConfig, load_config
-from raylm.serving import serve
-from tests.conftest import command_line
-
-with serve(load_config(ServeConfig, {}, sys.argv[1:])) as server:
-    print(server.proxy, server.url, flush=True)
-    server.wait()
-"""
 MESSAGES: list[Any] = [{"role": "user", "content": "hello, who are you? ✓ 你好"}]
-
-
-@dataclass
-class Running:
-    """A server in a process of its own."""
-
-    process: subprocess.Popen[str]
-    url: str
-    proxy: str
-    ray_dir: Path
-    log: Path
-
-    def get(self, path: str, method: str = "GET", key: str | None = KEY, **options: Any) -> httpx.Response:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        return httpx.request(method, self.url + path, headers=headers, timeout=60, trust_env=False, **options)
-
-    def client(self, key: str = KEY) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def server(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("server")
-    (folder / "key").write_text(KEY + "\n")
-    # Ray's sockets need a short path.
-    with tempfile.TemporaryDirectory(prefix="rl") as ray_dir, (folder / "log").open("w") as log:
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": ray_dir}
-        options = [
-            f"model={served_model_dir}",
-            f"port={free_port()}",
-            f"api_key_file={folder / 'key'}",
-            "proxy=haproxy",
-            "kv_cache_gib=0.1",
-            "engine.trust_request_chat_template=true",
-        ]
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *options], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline().split()
-            assert line, (folder / "log").read_text()
-            yield Running(process, url=line[1], proxy=line[0], ray_dir=Path(ray_dir), log=folder / "log")
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.wait(timeout=60)
 
 
 def greedy_chat(client: OpenAI, model: str, tokenizer: Any, *, stream: bool) -> str:
@@ -266,7 +196,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(server: Running, served
 
 
 def test_ctrl_c_leaves_no_process_and_the_key_nowhere(server: Running) -> None:
-    """Known fault Z01. Stops the module's server, so it is the last test that uses it."""
+    """Known fault Z01. Stops the shared server, so it is the last test that uses it."""
     started = psutil.Process(server.process.pid).children(recursive=True)
     command_lines = [command_line(process) for process in started]
     assert any("haproxy" in line for line in command_lines)

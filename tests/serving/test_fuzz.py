@@ -1,0 +1,81 @@
+"""Requests that schemathesis makes from the server's own OpenAPI: none is answered 5xx, none ends the engine."""
+
+import time
+from collections import Counter
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+from tests.conftest import command_line
+from tests.serving.request_table import completion
+from tests.serving.support import KEY, Running
+
+EXAMPLES = 40
+SECONDS = 20.0  # of a request; a long one is no fault, and its client goes away
+# 5xx of vLLM 0.32 that bare vLLM has as well: method and path -> what triggers it. An empty table is the aim.
+KNOWN: dict[tuple[str, str], str] = {}
+
+
+def engine_of(server: Running) -> int:
+    below = psutil.Process(server.process.pid).children(recursive=True)
+    return next(process.pid for process in below if "EngineCore" in command_line(process))
+
+
+@pytest.mark.slow
+def test_no_request_of_the_schema_is_answered_5xx_or_ends_the_engine(server: Running) -> None:
+    engine = engine_of(server)
+    raw = server.get("/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(raw)
+    statuses: Counter[int] = Counter()
+    faults: dict[tuple[str, str], tuple[int, str, str]] = {}
+    slow: list[str] = []
+    session = requests.Session()
+    session.trust_env = False
+
+    def send(case: Any) -> None:
+        name = (case.operation.method.upper(), case.operation.path)
+        started = time.monotonic()
+        try:
+            answer = case.call(
+                base_url=server.url,
+                session=session,
+                headers={"Authorization": f"Bearer {KEY}"},
+                timeout=SECONDS,
+            )
+        except requests.Timeout:
+            slow.append(case.as_curl_command())
+            return
+        except (requests.exceptions.InvalidHeader, UnicodeError):
+            return  # what the client itself refuses to send
+        statuses[answer.status_code] += 1
+        if answer.status_code >= 500:
+            faults.setdefault(name, (answer.status_code, answer.text[:200], case.as_curl_command()[:600]))
+        assert time.monotonic() - started < SECONDS + 5
+
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) > 10
+    for operation in operations:
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+            phases = [Phase.generate]
+            options: dict[str, Any] = {"deadline": None, "database": None, "derandomize": True, "phases": phases}
+
+            @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), **options)
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def fuzz(case: Any) -> None:
+                send(case)
+
+            try:
+                fuzz()
+            except Exception as error:
+                if "Unsatisfiable" not in type(error).__name__ and "negat" not in str(error):
+                    raise
+    print(dict(statuses), len(slow), "slow", *slow, sep="\n")
+    assert not {name: fault for name, fault in faults.items() if name not in KNOWN}
+    assert sum(statuses.values()) > 500
+    assert engine_of(server) == engine
+    assert server.get("/v1/completions", "POST", json=completion().body).status_code == 200
