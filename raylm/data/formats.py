@@ -55,20 +55,29 @@ def parse_row(instance: Any, format_name: str, role_map: RoleMap, columns: Mappi
 
     columns: name in the format -> name in the data. Raises RowProblem.
     """
-    if not isinstance(instance, dict):
-        raise RowProblem(f"is {kind_of(instance)}, not an object.")
-    if columns:
-        missing = [name for name in columns.values() if name not in instance]
-        if missing:
-            raise RowProblem(f"has no column {missing[0]!r}, which columns names.")
-        taken = set(columns.values())
-        kept = {key: value for key, value in instance.items() if key not in taken and key not in columns}
-        instance = {**kept, **{name: instance[column] for name, column in columns.items()}}
+    instance = renamed(instance, columns)
     form = FORMATS[recognise(instance) if format_name == "auto" else format_name]
     missing = [key for key in form.keys if key not in instance]
     if missing:
         raise RowProblem(f"has no {missing[0]}, which format {format_name} needs.")
     return form.parse(instance, role_map)
+
+
+def renamed(instance: Any, columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row with its keys as the format names them; columns: name in the format -> name in the data.
+
+    Raises RowProblem.
+    """
+    if not isinstance(instance, dict):
+        raise RowProblem(f"is {kind_of(instance)}, not an object.")
+    if not columns:
+        return instance
+    missing = [name for name in columns.values() if name not in instance]
+    if missing:
+        raise RowProblem(f"has no column {missing[0]!r}, which columns names.")
+    taken = set(columns.values())
+    kept = {key: value for key, value in instance.items() if key not in taken and key not in columns}
+    return {**kept, **{name: instance[column] for name, column in columns.items()}}
 
 
 def recognise(instance: Mapping[str, Any]) -> str:

@@ -12,14 +12,20 @@ from raylm.data.schema import RowProblem
 from raylm.data.templates import Segment, chat_template
 from raylm.data.templates.literal import Literals, control_tokens, put_back
 from raylm.data.templates.table import AUTO
+from raylm.data.tokenize import own_bos
+
+PLAIN = "none"
+"""The name of no template."""
 
 
 class PromptEncoder:
-    """The tokenizer's chat template and the tokenizer, for prompts."""
+    """A chat template, by default the tokenizer's own, and the tokenizer, for prompts."""
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
-        """tokenizer: a transformers fast tokenizer; name: of its model, for messages. Raises ModelError."""
-        self._template = chat_template(AUTO, tokenizer, name)
+    def __init__(self, tokenizer: Any, name: str, template: str = AUTO) -> None:
+        """tokenizer: a transformers fast tokenizer; name: of its model, for messages; template: as `data.template`, or
+        `none` for plain text alone. Raises DataError and ModelError."""
+        self._template = None if template == PLAIN else chat_template(template, tokenizer, name)
+        self._bos = own_bos(tokenizer)
         self._encoder = Encoder(tokenizer)
         self._literals = Literals(control_tokens(tokenizer))
 
@@ -32,8 +38,18 @@ class PromptEncoder:
 
         Raises RowProblem where the template refuses the conversation or the tokenizer cannot keep such text.
         """
+        if self._template is None:
+            raise RowProblem("is a conversation, and template=none takes plain text.", "Set template.")
         shown, taken = self._literals.taken_out(dict(conversation))
-        segments = put_back([Segment(self._template.prompt(shown), False)], taken)
+        return self._encoded(self._template.prompt(shown), taken)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of plain text that the model goes on with, begun as the tokenizer begins text. Raises RowProblem."""
+        shown, taken = self._literals.taken_out(text)
+        return self._encoded(self._bos + shown, taken)
+
+    def _encoded(self, text: str, taken: list[str]) -> list[int]:
+        segments = put_back([Segment(text, False)], taken)
         tokens = self._encoder.encode([segments])[0]
         if isinstance(tokens, RowProblem):
             raise tokens

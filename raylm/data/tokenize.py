@@ -62,7 +62,7 @@ class RowTokenizer:
         self._files = files
         self._encoder = Encoder(tokenizer)
         self._literals = Literals(() if options.allow_special_tokens else control_tokens(tokenizer))
-        self._bos, self._eos = _own_bos(tokenizer), tokenizer.eos_token or ""
+        self._bos, self._eos = own_bos(tokenizer), tokenizer.eos_token or ""
 
     def table(self, rows: pa.Table) -> pa.Table:
         """Columns file, index, line, text, format, reason, problem -> TOKENS_SCHEMA. Nothing is lost, only marked."""
@@ -222,7 +222,7 @@ def _system_turns(segments: list[Segment], messages: Sequence[Mapping[str, Any]]
     return place - first if first >= 0 else 0
 
 
-def _own_bos(tokenizer: Any) -> str:
+def own_bos(tokenizer: Any) -> str:
     """The token that the tokenizer puts before plain text by itself, or empty."""
     ids = tokenizer("a")["input_ids"]
     starts = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id

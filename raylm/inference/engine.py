@@ -1,8 +1,14 @@
-"""vLLM's offline engine, in this process."""
+"""vLLM's offline engine, in this process, and what each request asks of it."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
-from raylm.errors import ModelError
+from raylm.config import GenerateConfig
+from raylm.errors import ConfigError, ModelError, nearest
+
+# Set by a field of GenerateConfig.
+RESERVED = {"model": "model", "max_model_len": "max_model_len", "dtype": "dtype", "seed": "seed"}
 
 
 def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
@@ -14,23 +20,88 @@ def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
     return environment
 
 
-def load_engine(folder: str, *, dtype: str, max_model_len: int | None, seed: int, use_gpu: bool) -> Any:
-    """A vLLM engine over a hub id or folder. Raises ModelError for a length above the model's."""
+def check_engine_keys(engine: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a key of `engine` with dashes, or with a field of its own."""
+    for key in engine:
+        if "-" in key:
+            raise ConfigError(f"engine.{key}", "has dashes.", f"Write engine.{key.replace('-', '_')}.")
+        if key in RESERVED:
+            raise ConfigError(f"engine.{key}", "is set by a key of its own.", f"Set {RESERVED[key]} instead.")
+
+
+def gpus_of_replica(engine: Mapping[str, Any]) -> int:
+    """GPUs that one engine computes on, where there are any."""
+    return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+
+
+def load_engine(
+    folder: str,
+    *,
+    dtype: str,
+    max_model_len: int | None,
+    seed: int,
+    use_gpu: bool,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """A vLLM engine over a hub id or folder; options: further arguments under vLLM's names, which win over ours.
+
+    Raises ConfigError for an unknown option, ModelError for a length above the model's.
+    """
+    import dataclasses
+
     import torch
-    from vllm import LLM
+    from vllm import LLM, EngineArgs
 
     from raylm.models.processor import has_native_bf16
 
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for key in options or {}:
+        if key not in known:
+            raise ConfigError(f"engine.{key}", "is no engine argument of vLLM.", nearest(key, known))
     if not use_gpu and dtype == "auto" and not has_native_bf16(torch.device("cpu")):
         dtype = "float32"
+    settings: dict[str, Any] = {
+        "model": folder,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "seed": seed,
+        "enforce_eager": not use_gpu,
+        "disable_log_stats": True,
+        **(options or {}),
+    }
     try:
-        return LLM(
-            model=folder,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            seed=seed,
-            enforce_eager=not use_gpu,
-            disable_log_stats=True,
-        )
+        return LLM(**settings)
     except ValueError as error:
         raise ModelError(folder, f"vLLM cannot load it: {str(error).splitlines()[0]}") from None
+
+
+def sampling_params(config: GenerateConfig, key: str | int = "") -> Any:
+    """What vLLM is asked for one answer; key: of the row, whose seed it decides.
+
+    The seed is a function of `config.seed` and the key alone, so a row draws the same whatever runs beside it.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    return SamplingParams(
+        n=config.n,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
+        stop=list(config.stop) or None,
+        logprobs=config.logprobs,
+        seed=row_seed(config.seed, key) if config.temperature > 0 else None,
+        structured_outputs=StructuredOutputsParams(**config.structured) if config.structured else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def row_seed(seed: int, key: str | int) -> int:
+    """A seed in [0, 2**62): vLLM counts up from it for the answers of one prompt."""
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2

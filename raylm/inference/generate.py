@@ -1,149 +1,257 @@
-"""Offline generation: vLLM in Ray Data actors, answers in the order of the prompts.
+"""Offline generation: files are read as they are needed, vLLM engines answer as actors of Ray Data, and this process
+alone writes.
 
-Answers are joined to prompts by their number, never by position, and written to a temporary file that is renamed when
-all are there.
+Nothing here grows with the rows: batches come and go, the ledger keeps ranges. Answers are joined to rows by file and
+number, never by position.
 """
 
 import json
+import logging
+import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from raylm.config import GenerateConfig
-from raylm.data.prompt import PromptEncoder
-from raylm.data.rows import FileRow, iterate_rows
-from raylm.data.schema import Message, RowProblem
+from raylm.data.files import suffix_of
+from raylm.data.prompt import PLAIN
+from raylm.data.readers import RawRow
+from raylm.data.remote import scheme_of
+from raylm.data.sources import SourceFile, list_files
+from raylm.data.templates.table import AUTO, read_template
 from raylm.data.tokenizer import load_tokenizer
-from raylm.errors import DataError, ModelError, RaylmError
-from raylm.inference.engine import engine_environment, load_engine
+from raylm.errors import ConfigError, DataError, ModelError, RaylmError
+from raylm.inference.answers import Answers, Batch
+from raylm.inference.engine import check_engine_keys, engine_environment, gpus_of_replica
+from raylm.inference.manifest import describe
+from raylm.inference.progress import Progress
+from raylm.inference.reading import batches_of, read_files
+from raylm.inference.worker import PROMPTS, AnswerStage, template_of
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session
+
+logger = logging.getLogger(__name__)
+
+_ENGINE_CPUS, _READ_CPUS = 0.75, 0.25
+"""Together one, so that a cluster of one CPU runs both."""
+_MAX_ENGINE_RESTARTS = 3
+_MAX_CALLS = 256
+_READERS, _MAX_READ_TASKS = 4, 256
+_WAITING_BYTES = 512 * 2**20
+"""Of batches between the stages: reading waits when there are more."""
+_REQUESTS_AT_WORK = {"cpu": 256, "gpu": 1024}
+"""vLLM's own `max_num_seqs` on a large device; more batches than fill it only wait in the engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """Where the answers lie: JSONL with `id`, `messages`, `answer`, `finish_reason`, `prompt_tokens`, `tokens`."""
+    """Where the answers lie (docs/generate.md) and their counts.
+
+    prompts: rows, those included that a former start had done; tokens: of the answers; failed: kind of fault -> rows,
+    which lie in the output with their reason; resumed: rows of former starts.
+    """
 
     output: str
     prompts: int
     tokens: int
+    prompt_tokens: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    resumed: int = 0
 
 
 def run_generation(config: GenerateConfig) -> GenerateResult:
-    """Answers every prompt of the configuration. Raises RaylmError before an engine loads where it can."""
-    output = Path(config.output).expanduser()
-    if not output.parent.is_dir():
-        raise DataError(str(output), "its folder does not exist.", "Create it, or choose another output.")
+    """Answers every row of the configuration. Raises RaylmError before an engine loads where it can."""
+    check_engine_keys(config.engine)
+    files = list_files(config.data)
+    _check_output_is_no_input(config, files)
     folder = as_folder(config.model)
-    if not load_tokenizer(folder).chat_template:
-        raise ModelError(config.model, "its tokenizer has no chat template.", "Use a chat model.")
-    conversations = list(_conversations(config))
-    with ray_session(config.cluster_address, num_cpus=max(os.cpu_count() or 1, config.num_replicas + 1)) as ray:
-        answers = _answer(ray, config, folder, conversations)
-    return _write(output, conversations, answers)
+    _check_templates(config, folder, files)
+    numbers = [*([PROMPTS] if config.prompts else []), *range(len(files))]
+    with Answers(
+        config.output,
+        describe(config, folder, files),
+        shard_kind=config.shard_format,
+        shard_rows=config.shard_rows,
+        overwrite=config.overwrite,
+    ) as answers:
+        resumed = answers.totals.rows
+        if not answers.is_finished and answers.ledger.unfinished(numbers):
+            if resumed:
+                logger.info("%s: going on after %d rows", config.output, resumed)
+            _generate(config, folder, files, answers)
+        answers.finish(numbers)
+        totals = answers.totals
+        if not config.data:
+            answers.discard()
+    failed = dict(totals.failed)
+    return GenerateResult(config.output, totals.rows, totals.tokens, totals.prompt_tokens, failed, resumed)
 
 
-def _conversations(config: GenerateConfig) -> Iterator[list[Message]]:
-    system: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
-    for prompt in config.prompts:
-        yield [*system, {"role": "user", "content": prompt}]
-    for found in iterate_rows(config.data, {}):
-        if found.row is None:
-            raise DataError(found.where, found.problem)
-        messages = _question(found)
-        yield messages if messages[0]["role"] == "system" else [*system, *messages]
+def _check_output_is_no_input(config: GenerateConfig, files: Sequence[SourceFile]) -> None:
+    output = Path(config.output).expanduser().resolve()
+    for file in files:
+        if not scheme_of(file.path) and (Path(file.path) == output or output in Path(file.path).parents):
+            raise ConfigError("output", f"{config.output} is where {file.path} is read from.", "Choose another.")
 
 
-def _question(found: FileRow) -> list[Message]:
-    """What a row asks, without the answer it may hold."""
-    row = found.row
-    assert row is not None
-    if row.kind in ("text", "text2text"):
-        return [{"role": "user", "content": row.value if row.kind == "text" else row.value[0]}]
-    if row.kind == "conversation":
-        messages: list[Message] = row.value["messages"]
-    elif row.kind in ("preference", "kto"):
-        messages = row.value["prompt"]
-    else:
-        raise DataError(found.where, f"is a row of kind {row.kind}, which asks nothing.")
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise DataError(found.where, "holds nothing to answer.")
-    return messages
+def _check_templates(config: GenerateConfig, folder: str, files: Sequence[SourceFile]) -> None:
+    """Raises DataError for an unknown template, ModelError for a model without one where its own is asked for."""
+    tokenizer = load_tokenizer(folder)
+    for name in sorted({template_of(config, file) for file in [*([None] if config.prompts else []), *files]}):
+        if name == AUTO and not tokenizer.chat_template:
+            raise ModelError(
+                config.model,
+                "its tokenizer has no chat template.",
+                "Use a chat model, name a template, or complete plain text with template=none.",
+            )
+        if name not in (AUTO, PLAIN):
+            read_template(name)
 
 
-def _answer(ray: Any, config: GenerateConfig, folder: str, conversations: list[list[Message]]) -> dict[int, Any]:
-    items = [{"id": number, "messages": json.dumps(messages)} for number, messages in enumerate(conversations)]
-    has_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_replicas
-    dataset = ray.data.from_items(items).map_batches(
-        _Engine,
-        fn_constructor_kwargs={"config": config, "folder": folder, "use_gpu": has_gpu},
-        batch_size=config.batch_size,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=config.num_replicas),
-        num_cpus=1,
-        num_gpus=1 if has_gpu else 0,
-        runtime_env={"env_vars": engine_environment(config.kv_cache_gib, use_gpu=has_gpu)},
-    )
-    dataset.context.enable_progress_bars = False
-    try:
-        return {row["id"]: row for row in dataset.iter_rows()}
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        while cause is not None and not isinstance(cause, RaylmError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise cause or error from None
-
-
-class _Engine:
-    """Loads vLLM in the worker."""
-
-    def __init__(self, config: GenerateConfig, folder: str, use_gpu: bool) -> None:
-        from vllm import SamplingParams
-
-        self._engine = load_engine(
-            folder, dtype=config.dtype, max_model_len=config.max_model_len, seed=config.seed, use_gpu=use_gpu
-        )
-        self._prompts = PromptEncoder(load_tokenizer(folder), config.model)
-        self._sampling = SamplingParams(
-            max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
-        )
-
-    def _ids(self, number: int, messages: list[Message]) -> list[int]:
+def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], answers: Answers) -> None:
+    """Answers what is missing. Raises what the engines raise, and DataError for a fault with on_error=stop."""
+    ledger = answers.ledger
+    progress = Progress(None, rows=ledger.totals.rows, tokens=ledger.totals.tokens)
+    threading.Thread(target=_count, args=(config, files, progress), daemon=True).start()
+    cpus = max(os.cpu_count() or 1, config.num_replicas + 1)
+    with ray_session(config.cluster_address, num_cpus=cpus) as ray:
         try:
-            return self._prompts.ids({"messages": messages})
-        except RowProblem as problem:
-            raise DataError(f"prompt {number}", str(problem)) from None
+            for found in _answered(ray, config, folder, files, answers):
+                if found["num_rows"] >= 0:
+                    answers.end_file(found["file"], found["num_rows"])
+                    continue
+                if found["fault"] and config.on_error == "stop":
+                    place, problem = json.loads(found["fault"])
+                    raise DataError(place, problem, "Mend the row, or set on_error=keep; the same command goes on.")
+                answers.add(_batch(found))
+                totals = ledger.totals
+                progress.update(totals.rows, totals.tokens, totals.failed.total())
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from None
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        conversations = [json.loads(text) for text in batch["messages"].to_pylist()]
-        prompts = [
-            {"prompt_token_ids": self._ids(*item)} for item in zip(batch["id"].to_pylist(), conversations, strict=True)
-        ]
-        outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
-        return pa.table(
-            {
-                "id": batch["id"],
-                "answer": [output.outputs[0].text for output in outputs],
-                "finish_reason": [output.outputs[0].finish_reason for output in outputs],
-                "prompt_tokens": np.array([len(output.prompt_token_ids) for output in outputs]),
-                "tokens": np.array([len(output.outputs[0].token_ids) for output in outputs]),
-            }
+
+def _answered(
+    ray: Any, config: GenerateConfig, folder: str, files: Sequence[SourceFile], answers: Answers
+) -> Iterator[dict[str, Any]]:
+    """Rows of ANSWERED, in the order in which they get ready."""
+    gpus = gpus_of_replica(config.engine)
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_replicas * gpus
+    dataset = _asked(ray, config, files, answers).map_batches(
+        AnswerStage,
+        fn_constructor_kwargs={"config": config, "folder": folder, "files": list(files), "use_gpu": use_gpu},
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=_engine_pool(ray, config, use_gpu=use_gpu),
+        num_cpus=_ENGINE_CPUS,
+        num_gpus=gpus if use_gpu else 0,
+        max_restarts=_MAX_ENGINE_RESTARTS,
+        runtime_env={"env_vars": engine_environment(config.kv_cache_gib, use_gpu=use_gpu)},
+    )
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # a batch is a block, and a task: what is ready is on its way at once
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=_WAITING_BYTES
+    )
+    stream = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    try:
+        for table in stream:
+            yield from table.to_pylist()
+    finally:
+        if hasattr(stream, "close"):
+            stream.close()
+
+
+def _engine_pool(ray: Any, config: GenerateConfig, *, use_gpu: bool) -> Any:
+    """Actors that hold so many batches that their engines never run dry between two of them."""
+    at_work = int(config.engine.get("max_num_seqs") or _REQUESTS_AT_WORK["gpu" if use_gpu else "cpu"])
+    calls = min(_MAX_CALLS, 1 + math.ceil(1.5 * at_work / config.batch_size))
+    return ray.data.ActorPoolStrategy(
+        size=config.num_replicas,
+        max_tasks_in_flight_per_actor=calls,
+        max_concurrent_calls_per_actor=calls,
+        enable_true_multi_threading=True,
+    )
+
+
+def _asked(ray: Any, config: GenerateConfig, files: Sequence[SourceFile], answers: Answers) -> Any:
+    """A dataset of what is not answered yet, a batch a row."""
+    ledger = answers.ledger
+    parts = []
+    if config.prompts:
+        raw = (RawRow(place, 0, json.dumps({"text": text})) for place, text in enumerate(config.prompts))
+        parts.append(
+            ray.data.from_arrow(
+                list(batches_of(raw, PROMPTS, list(ledger.done[PROMPTS]), config.batch_size, config.max_rows))
+            )
         )
+    limit = None if config.max_rows is None else max(0, config.max_rows - len(config.prompts))
+    open_files = ledger.unfinished(range(len(files)))
+    if open_files:
+        groups = [list(range(len(files)))] if limit is not None else _groups(open_files)
+        parts.append(
+            ray.data.from_items([{"numbers": group} for group in groups], override_num_blocks=len(groups)).map_batches(
+                read_files,
+                fn_kwargs={
+                    "files": list(files),
+                    "done": {number: list(ledger.done[number]) for group in groups for number in group},
+                    "batch_size": config.batch_size,
+                    "max_rows": limit,
+                },
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=_READ_CPUS,
+                compute=ray.data.TaskPoolStrategy(size=_READERS),
+            )
+        )
+    return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
 
 
-def _write(output: Path, conversations: list[list[Message]], answers: dict[int, Any]) -> GenerateResult:
-    assert len(answers) == len(conversations), f"{len(answers)} answers for {len(conversations)} prompts"
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        for number, messages in enumerate(conversations):
-            line = {"id": number, "messages": messages, **{k: v for k, v in answers[number].items() if k != "id"}}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    partial.rename(output)
-    return GenerateResult(str(output), len(conversations), sum(int(answer["tokens"]) for answer in answers.values()))
+def _groups(numbers: Sequence[int]) -> list[list[int]]:
+    """Neighbours together, so that a task of Ray is worth its while where there are thousands of files."""
+    size = -(-len(numbers) // _MAX_READ_TASKS)
+    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+
+def _batch(found: Mapping[str, Any]) -> Batch:
+    names = ("file", "start", "stop", "lines", "answers", "prompt_tokens", "tokens")
+    return Batch(**{name: found[name] for name in names}, failed=json.loads(found["failed"]))
+
+
+def _cause(error: Any) -> BaseException:
+    """Our own error where one is behind what Ray raises."""
+    cause = getattr(error, "cause", None)
+    while cause is not None and not isinstance(cause, RaylmError):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return cause or error
+
+
+def _count(config: GenerateConfig, files: Sequence[SourceFile], progress: Progress) -> None:
+    """Tells the progress how many rows there are, where that is cheap to find out."""
+    counts = [len(config.prompts)]
+    for file in files:
+        count = _cheap_count(file)
+        if count is None:
+            return
+        counts.append(count)
+    progress.num_rows = min(sum(counts), config.max_rows or sum(counts))
+
+
+def _cheap_count(file: SourceFile) -> int | None:
+    """Rows of a local Parquet file, or lines of a local file of lines that is not compressed."""
+    if scheme_of(file.path):
+        return None
+    try:
+        if suffix_of(file.path) == ".parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.read_metadata(file.path).num_rows)
+        if Path(file.path).suffix.lower() in (".jsonl", ".ndjson", ".txt"):
+            with open(file.path, "rb") as stream:
+                return sum(piece.count(b"\n") for piece in iter(lambda: stream.read(2**20), b""))
+    except Exception:  # the reader says what is wrong with it
+        return None
+    return None

@@ -1,0 +1,76 @@
+"""An engine that many threads ask at once.
+
+One thread alone touches vLLM: it takes what was asked between two steps, so the engine's batch stays full whatever
+batches the questions came in. The caller waits on a future.
+"""
+
+import queue
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+
+class EngineLoop:
+    """The thread and what it waits for. steps, scheduled: engine steps, and the sum of requests at work in them."""
+
+    def __init__(self, engine: Any) -> None:
+        """engine: a vLLM LLMEngine."""
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[tuple[list[int], Any, Future[Any]]] = queue.SimpleQueue()
+        self._futures: dict[str, Future[Any]] = {}
+        self._failure: BaseException | None = None
+        self._number = 0
+        self.steps = self.scheduled = 0
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def ask(self, prompt_token_ids: list[int], params: Any) -> "Future[Any]":
+        """vLLM's RequestOutput, once it is finished; the future raises what the engine refuses the request with."""
+        future: Future[Any] = Future()
+        self._inbox.put((prompt_token_ids, params, future))
+        return future
+
+    @property
+    def lost_a_process(self) -> bool:
+        """Whether the engine stopped because one of its worker processes died."""
+        core = getattr(self._engine.engine_core, "engine_core", None)
+        return bool(getattr(getattr(core, "model_executor", None), "is_failed", False))
+
+    def _run(self) -> None:
+        while True:
+            self._take_in()
+            if self._failure is None:
+                try:
+                    outputs = self._engine.step()
+                except BaseException as error:  # whoever waits must hear of it
+                    self._fail(error)
+                    continue
+                self.steps += 1
+                self.scheduled += len(self._futures)
+                for output in outputs:
+                    if output.finished:
+                        self._futures.pop(output.request_id).set_result(output)
+
+    def _take_in(self) -> None:
+        """Takes what was asked; waits for something while there is nothing to do."""
+        while True:
+            try:
+                ids, params, future = self._inbox.get(block=not self._futures)
+            except queue.Empty:
+                return
+            if self._failure is not None:
+                future.set_exception(self._failure)
+                continue
+            name = str(self._number)
+            self._number += 1
+            try:
+                self._engine.add_request(name, {"prompt_token_ids": ids}, params)
+            except Exception as error:  # of this request: vLLM checks before it takes one in
+                future.set_exception(error)
+            else:
+                self._futures[name] = future
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        for future in self._futures.values():
+            future.set_exception(error)
+        self._futures.clear()
