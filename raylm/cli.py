@@ -282,10 +282,13 @@ def _track(options: Any) -> None:
 def _serve(options: Any) -> None:
     with raylm.serve(options.model, options.overrides) as server:
         if options.json:
-            print(json.dumps({"url": server.url, "model": server.model}), flush=True)
+            page = {"chat_page": server.chat_page} if server.chat_page else {}
+            print(json.dumps({"url": server.url, "model": server.model, **page}), flush=True)
         else:
             print(f"{server.model} is served at {server.url}/v1 (ctrl-c stops it). Try:", flush=True)
             print(_curl(server.url, server.model), flush=True)
+            if server.chat_page:
+                print(f"Chat page: {server.chat_page}", flush=True)
         try:
             server.wait()
         except KeyboardInterrupt:

@@ -53,7 +53,18 @@ class ServeConfig(ServeArgs):
     proxy: Literal["auto", "haproxy", "python"] = "auto"
     """What listens on the port: HAProxy straight to the replicas, or Ray Serve's Python proxy; `auto` takes HAProxy
     where its binary is installed and it can reach the replicas (one node, or `host` is not loopback)."""
+    chat_page: bool = False
+    """A chat page in the browser at /chat of the same address; needs `pip install raylm[chat]`."""
     cluster_address: str | None = None
     """Address of a running cluster; without it as in `cluster.address` of training."""
     start_timeout_s: float = Field(600.0, gt=0)
     """Seconds the server may take until it answers."""
+
+
+class ChatPageArgs(Section):
+    """The chat page as a Serve application of its own: the `args` of its entry in a Serve YAML."""
+
+    base_url: str = Field("http://127.0.0.1:8000", pattern=r"^https?://[^/?#]+(/[^?#]*)?$")
+    """Where the page's process reaches the OpenAI routes, without /v1: Serve's own address, on loopback."""
+    title: str = Field("raylm", min_length=1, max_length=80)
+    """Heading of the page and of its browser tab."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raylm.config.serving import ServeArgs as ServeArgs
     from raylm.serving.app import build_app as build_app
+    from raylm.serving.chat_page import build_page_app as build_page_app
     from raylm.serving.endpoint import Endpoint as Endpoint
     from raylm.serving.endpoint import serve as serve
 
@@ -15,10 +16,11 @@ _HOMES = {
     "Endpoint": "raylm.serving.endpoint",
     "ServeArgs": "raylm.config.serving",
     "build_app": "raylm.serving.app",
+    "build_page_app": "raylm.serving.chat_page",
     "serve": "raylm.serving.endpoint",
 }
 
-__all__ = ["Endpoint", "ServeArgs", "build_app", "serve"]
+__all__ = ["Endpoint", "ServeArgs", "build_app", "build_page_app", "serve"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,80 @@
+"""The chat page as a Serve application of its own: one replica, at /chat of the address that the API has.
+
+The page talks to the API over HTTP with the key its user typed in, so it opens nothing that the API keeps closed.
+"""
+
+import importlib.util
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from raylm.config.serving import ChatPageArgs
+from raylm.errors import ServingError
+
+PAGE_NAME = "raylm-chat"
+ROUTE_PREFIX = "/chat"
+# A tab holds a connection for as long as it is open.
+MAX_ONGOING_REQUESTS = 100_000
+_ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+
+
+def check_gradio() -> None:
+    """Raises ServingError where Gradio is not installed."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ServingError("chat_page", "needs Gradio, which is not installed.", "Run: pip install 'raylm[chat]'")
+
+
+def build_page_app(args: ChatPageArgs) -> Any:
+    """The application, for `serve.run` and as the import path of a Serve YAML. Raises ServingError without Gradio.
+
+    One replica, because Gradio keeps the connections of a session in its process. It runs on the head node, where
+    Serve's proxy listens, and asks for no CPU: it hardly uses any.
+    """
+    from ray import serve
+
+    check_gradio()
+    deployment = serve.deployment(
+        serve.ingress()(ChatPage),
+        name="chat-page",
+        num_replicas=1,
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": {"node:__internal_head__": 0.001},
+            "runtime_env": {"env_vars": _ENVIRONMENT},
+        },
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_constructor_retry_count=1,
+        logging_config={"enable_access_log": False},
+    )
+    return deployment.bind(args)
+
+
+class ChatPage:
+    """Holds Gradio's app for the life of a Serve replica."""
+
+    def __init__(self, args: ChatPageArgs) -> None:
+        self._args = args
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Gradio's app behind the guard; Serve calls this after the constructor."""
+        return build_page(self._args)
+
+
+def build_page(args: ChatPageArgs) -> Any:
+    """The page as an ASGI app, whatever serves it."""
+    from fastapi import FastAPI
+
+    from raylm.serving.page.client import ServerClient
+    from raylm.serving.page.guard import PageGuard
+    from raylm.serving.page.layout import mount, script
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> Any:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(client.close)
+            yield
+
+    client = ServerClient(args.base_url)
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    mount(app, client, args.title)
+    app.add_middleware(PageGuard, script=script())
+    return app
