@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import ssl
 import threading
 import time
 import urllib.request
@@ -16,9 +17,9 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
-from raylm.serving.api_key import read_api_key
+from raylm.serving.api_key import read_api_keys
 from raylm.serving.app import build_app
-from raylm.serving.checks import check_model, check_port
+from raylm.serving.checks import check_model, check_port, check_tls
 from raylm.serving.engine_args import check_engine_keys, model_name
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, front_door
@@ -35,7 +36,7 @@ class Endpoint:
     """A server that answers."""
 
     url: str
-    """`http://HOST:PORT`; OpenAI clients take `url + "/v1"`."""
+    """`http://HOST:PORT`, or https with TLS; OpenAI clients take `url + "/v1"`."""
     model: str
     """What clients send as `model`."""
     proxy: str
@@ -69,7 +70,8 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
         app = build_app(config)
         num_nodes = sum(node["Alive"] for node in ray.nodes())
         with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
-            endpoint = Endpoint(f"http://{_client_host(door.host)}:{door.port}", model_name(config), door.proxy)
+            scheme = "https" if door.has_tls else "http"
+            endpoint = Endpoint(f"{scheme}://{_client_host(door.host)}:{door.port}", model_name(config), door.proxy)
             logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
             _wait_until_ready(endpoint, config)
             yield endpoint
@@ -78,8 +80,10 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
 def _check(config: ServeConfig) -> None:
     """What can be refused before Ray starts."""
     check_engine_keys(config.engine)
-    key = read_api_key(config.api_key_file)
-    if key is None and config.host not in LOOPBACK:
+    if config.tls_cert_file is not None and config.tls_key_file is not None:
+        check_tls(config.tls_cert_file, config.tls_key_file)
+    keys = read_api_keys(config.api_key_file)
+    if not keys and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
     check_model(config)
     import ray
@@ -138,8 +142,14 @@ def engine_reason(message: str) -> str:
 
 
 def is_ready(url: str) -> bool:
-    """True when the server's health route answers 200. url: `http://HOST:PORT`."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's HTTP proxy
+    """True when the server's health route answers 200. url: `http://HOST:PORT`, or https; nothing secret is sent, so
+    any certificate will do."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),  # never through the user's HTTP proxy
+        urllib.request.HTTPSHandler(context=context),
+    )
     try:
         with opener.open(f"{url}/health", timeout=_WATCH_S) as response:
             return response.status == 200

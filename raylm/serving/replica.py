@@ -16,8 +16,11 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeArgs
 from raylm.errors import ServingError
 from raylm.models.folder import as_folder
-from raylm.serving.api_key import KEY_VARIABLE, RequireKey, digest
+from raylm.serving.access_log import write_beside_the_replica_log
+from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.engine_args import command_line
+from raylm.serving.guard import GuardSettings, guarded
+from raylm.serving.usage import Metered, watch
 
 _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
 
@@ -25,15 +28,15 @@ _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w
 class Replica:
     """Holds the engine for the life of a Serve replica.
 
-    key_digest: SHA-256 of the API key, or None when none is asked for.
+    settings: what stands before vLLM's routes.
     """
 
-    async def __init__(self, args: ServeArgs, key_digest: bytes | None) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, args: ServeArgs, settings: GuardSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         """Starts the engine. Raises ServingError with vLLM's reason when it does not start."""
-        node_key = os.environ.pop(KEY_VARIABLE, None)  # vLLM would guard /v1 with it; RequireKey guards all
+        node_key = os.environ.pop(KEY_VARIABLE, None)  # vLLM would guard /v1 with it; the guard guards all
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        self._key_digest = key_digest or (digest(node_key) if node_key else None)
+        self._settings = settings.or_key(ApiKey(ONLY_KEY, digest(node_key))) if node_key else settings
         self._exit_stack = AsyncExitStack()
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 
@@ -46,7 +49,7 @@ class Replica:
             raise ServingError(args.model, f"the engine did not start: {_reason(error)}") from error
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """vLLM's FastAPI app with our key check around it; the engine ends when the app's lifespan does."""
+        """vLLM's FastAPI app with our guard around it; the engine ends when the app's lifespan does."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
@@ -54,10 +57,12 @@ class Replica:
         app = build_app(self._namespace, tasks, self._engine.model_config)
         await init_app_state(self._engine, app.state, self._namespace, tasks)
         app.state.server = types.SimpleNamespace()  # vLLM's error handler tells its uvicorn server to stop through it
-        if self._key_digest is not None:
-            # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
-            stack = app.middleware_stack or app.build_middleware_stack()
-            app.middleware_stack = RequireKey(stack, self._key_digest)
+        watch(self._engine)
+        if self._settings.access_log:
+            write_beside_the_replica_log()
+        # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
+        stack = app.middleware_stack or app.build_middleware_stack()
+        app.middleware_stack = guarded(Metered(stack, self._engine), self._settings, echo_request_id=False)
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager
