@@ -246,7 +246,6 @@ def test_a_bucket_gives_no_more_than_its_minute_and_what_flowed_in(
             spent.append((now, amount))
         elif amount <= per_minute:
             later = now + bucket.seconds_until(amount, now)
-            assert later > now
             assert bucket.balance(later) >= amount - 1e-6
             now = later
     for start in range(len(spent)):
@@ -646,6 +645,8 @@ def log_file(tmp_path: Path) -> Iterator[Path]:
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
+    for handler in logging.getLogger("raylm.access").handlers:
+        handler.flush()
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
