@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from raylm.config.base import Section
+from raylm.config.limits import LimitsSection
 
 
 class ServeArgs(Section):
@@ -15,8 +16,14 @@ class ServeArgs(Section):
     name: Annotated[str, Field(min_length=1)] | None = None
     """Model name that clients send; default: the last part of `model`."""
     api_key_file: Annotated[str, Field(min_length=1)] | None = None
-    """File whose first line is the key that clients must send as a bearer token, on every route but health; without
-    it the key is that in the environment variable VLLM_API_KEY, if set."""
+    """File whose first line is the key that clients must send as a bearer token, on every route but health, or a YAML
+    list of several keys with their limits; without it the key is that in the variable VLLM_API_KEY, if set."""
+    limits: LimitsSection = LimitsSection()
+    """Queue, rates, sizes and times of requests."""
+    access_log: bool = True
+    """Write one JSON line per request, without prompts, to a file beside the replica's log."""
+    log_prompts: bool = False
+    """Put request bodies into the access log."""
     max_model_len: Annotated[int, Field(ge=8)] | None = None
     """Longest prompt plus answer in tokens; default: the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -42,6 +49,12 @@ class ServeArgs(Section):
             raise ValueError("tool_parser excludes engine.tool_call_parser. Set one of them")
         return self
 
+    @model_validator(mode="after")
+    def prompts_are_logged_in_the_access_log(self) -> Self:
+        if self.log_prompts and not self.access_log:
+            raise ValueError("log_prompts writes into the access log, which access_log=false switches off")
+        return self
+
 
 class ServeConfig(ServeArgs):
     """Everything `raylm serve` and `raylm.serve` need: the application, the address, and the cluster."""
@@ -55,10 +68,26 @@ class ServeConfig(ServeArgs):
     where its binary is installed and it can reach the replicas (one node, or `host` is not loopback)."""
     chat_page: bool = False
     """A chat page in the browser at /chat of the same address; needs `pip install raylm[chat]`."""
+    tls_cert_file: Annotated[str, Field(min_length=1)] | None = None
+    """Certificate chain (PEM) to serve HTTPS with, by the Python proxy; HAProxy as Ray runs it has no TLS."""
+    tls_key_file: Annotated[str, Field(min_length=1)] | None = None
+    """Private key (PEM, without passphrase) of the certificate."""
     cluster_address: str | None = None
     """Address of a running cluster; without it as in `cluster.address` of training."""
     start_timeout_s: float = Field(600.0, gt=0)
     """Seconds the server may take until it answers."""
+
+    @model_validator(mode="after")
+    def certificate_and_key_come_together(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file belong together: set both")
+        return self
+
+    @model_validator(mode="after")
+    def haproxy_has_no_tls(self) -> Self:
+        if self.tls_cert_file is not None and self.proxy == "haproxy":
+            raise ValueError("proxy=haproxy cannot serve HTTPS, Ray's HAProxy has no TLS: set proxy=python")
+        return self
 
 
 class ChatPageArgs(Section):

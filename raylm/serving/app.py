@@ -4,9 +4,15 @@ import os
 from typing import Any
 
 from raylm.config.serving import ServeArgs
-from raylm.serving.api_key import digest, read_api_key
-from raylm.serving.checks import check_model, check_resources, replica_gpus, warn_without_chat_template
+from raylm.serving.checks import (
+    check_model,
+    check_resources,
+    replica_gpus,
+    warn_of_remote_code,
+    warn_without_chat_template,
+)
 from raylm.serving.engine_args import check_engine_keys, model_name
+from raylm.serving.guard import guard_settings
 
 # The engine queues by itself and batches what it gets, so Serve must not hold requests back.
 MAX_ONGOING_REQUESTS = 100_000
@@ -26,7 +32,8 @@ def build_app(args: ServeArgs) -> Any:
 
     check_engine_keys(args.engine)
     warn_without_chat_template(args)
-    key = read_api_key(args.api_key_file)
+    warn_of_remote_code(args)
+    guard = guard_settings(args)
     settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
     replica_args = ServeArgs.model_validate({**settings, "model": check_model(args), "name": model_name(args)})
     if ray.is_initialized():
@@ -50,7 +57,7 @@ def build_app(args: ServeArgs) -> Any:
         health_check_period_s=5,
         logging_config={"enable_access_log": False},
     )
-    return deployment.bind(replica_args, digest(key) if key else None)
+    return deployment.bind(replica_args, guard)
 
 
 def replica_environment(args: ServeArgs, *, on_cpu: bool) -> dict[str, str]:

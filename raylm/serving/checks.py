@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import socket
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,29 @@ def warn_without_chat_template(args: ServeArgs) -> None:
             "Set engine.chat_template to a Jinja file to chat.",
             args.model,
         )
+
+
+def warn_of_remote_code(args: ServeArgs) -> None:
+    """Says that the model's own Python files will run, where `engine` allows it; they do not by default."""
+    if args.engine.get("trust_remote_code"):
+        logger.warning(
+            "%s: engine.trust_remote_code is on: Python files of the model run on every replica, with its rights.",
+            args.model,
+        )
+
+
+def check_tls(cert_file: str, key_file: str) -> None:
+    """Raises ServingError when the two files are not a certificate and its key without passphrase."""
+    for name, file in (("tls_cert_file", cert_file), ("tls_key_file", key_file)):
+        if not os.access(file, os.R_OK):
+            raise ServingError(f"{name} {file}", "cannot be read.", "Give a PEM file that the server may read.")
+    try:
+        # An empty passphrase, or OpenSSL would ask for one on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password="")
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or str(error)
+        problem = f"are not a certificate and its key without passphrase: {reason.lower().replace('_', ' ')}."
+        raise ServingError(f"tls_cert_file {cert_file} and tls_key_file {key_file}", problem) from None
 
 
 def check_port(host: str, port: int) -> None:

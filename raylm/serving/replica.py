@@ -16,9 +16,12 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeArgs
 from raylm.errors import ServingError
 from raylm.models.folder import as_folder
-from raylm.serving.api_key import KEY_VARIABLE, RequireKey, digest
+from raylm.serving.access_log import write_beside_the_replica_log
+from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.engine_args import command_line, model_name
+from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.metrics import OneMetricsPage, Phases, ServePage, own_metrics, replica_id
+from raylm.serving.usage import Metered, watch
 
 _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
 
@@ -26,15 +29,15 @@ _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w
 class Replica:
     """Holds the engine for the life of a Serve replica.
 
-    key_digest: SHA-256 of the API key, or None when none is asked for.
+    settings: what stands before vLLM's routes.
     """
 
-    async def __init__(self, args: ServeArgs, key_digest: bytes | None) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, args: ServeArgs, settings: GuardSettings) -> None:  # type: ignore[misc]  # Serve awaits it
         """Starts the engine. Raises ServingError with vLLM's reason when it does not start."""
-        node_key = os.environ.pop(KEY_VARIABLE, None)  # vLLM would guard /v1 with it; RequireKey guards all
+        node_key = os.environ.pop(KEY_VARIABLE, None)  # vLLM would guard /v1 with it; the guard guards all
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        self._key_digest = key_digest or (digest(node_key) if node_key else None)
+        self._settings = settings.or_key(ApiKey(ONLY_KEY, digest(node_key))) if node_key else settings
         self._exit_stack = AsyncExitStack()
         self._args, self._phases = args, Phases()
         with self._phases.timed("import"):
@@ -52,7 +55,7 @@ class Replica:
             raise ServingError(args.model, f"the engine did not start: {_reason(error)}") from error
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """vLLM's FastAPI app with our key check around it; the engine ends when the app's lifespan does."""
+        """vLLM's FastAPI app with our guard around it; the engine ends when the app's lifespan does."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
@@ -60,14 +63,15 @@ class Replica:
             tasks = await self._engine.get_supported_tasks()
             app = build_app(self._namespace, tasks, self._engine.model_config)
             await init_app_state(self._engine, app.state, self._namespace, tasks)
+        watch(self._engine)
+        if self._settings.access_log:
+            write_beside_the_replica_log()
         app.state.server = types.SimpleNamespace()  # vLLM's error handler tells its uvicorn server to stop through it
         # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
         stack: Any = app.middleware_stack or app.build_middleware_stack()
         own = own_metrics(model_name(self._args), self._args.model, self._phases.seconds)
-        stack = OneMetricsPage(stack, replica_id(), own, ServePage())
-        if self._key_digest is not None:
-            stack = RequireKey(stack, self._key_digest)
-        app.middleware_stack = stack
+        page = OneMetricsPage(stack, replica_id(), own, ServePage())
+        app.middleware_stack = guarded(Metered(page, self._engine), self._settings, echo_request_id=False)
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager

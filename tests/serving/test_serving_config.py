@@ -80,7 +80,7 @@ def test_engine_arguments_win_over_our_defaults_and_keep_their_types() -> None:
     assert words == [
         *("--model", "b", "--served-model-name", "b", "--dtype", "float16", "--no-enforce-eager"),
         *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4}'),
-        *("--allowed-origins", "*", "http://a", "--stream-interval", "4", "--enable-log-requests"),
+        *("--allowed-origins", '["*", "http://a"]', "--stream-interval", "4", "--enable-log-requests"),
     ]
 
 

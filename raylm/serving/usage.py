@@ -1,0 +1,89 @@
+"""Exact token counts of each request, taken from the engine's own request states; and its engine requests end with it.
+
+vLLM's output processor keeps one state per engine request, with the prompt's length and the tokens generated so far.
+Holding on to the states that a request has made costs nothing per token and counts what was processed, streamed or
+not, finished or aborted. These are internals of vLLM 0.32: what relies on them is here.
+"""
+
+import asyncio
+from contextvars import ContextVar
+from typing import Any
+
+from raylm.serving.asgi import App, Message, Receive, Send
+
+USAGE = "raylm.usage"
+
+
+class EngineRequests:
+    """The engine requests that one HTTP request has made."""
+
+    __slots__ = ("over", "states")
+
+    def __init__(self) -> None:
+        self.states: list[Any] = []
+        self.over = False
+
+    def count(self) -> dict[str, int]:
+        """Tokens so far; the answers to one prompt (n) share it."""
+        prompts = sum(state.prompt_len for state in self.states if state.request_index == 0)
+        decoders = [state.detokenizer for state in self.states if state.detokenizer is not None]  # None: embeddings
+        return {"prompt_tokens": prompts, "completion_tokens": sum(each.num_output_tokens() for each in decoders)}
+
+
+_CURRENT: ContextVar[EngineRequests | None] = ContextVar("raylm_engine_requests", default=None)
+
+
+def watch(engine: Any) -> None:
+    """From now on each engine request is noted in the context of the HTTP request that makes it.
+
+    engine: an AsyncLLM.
+    """
+    processor = engine.output_processor
+    add_request = processor.add_request
+
+    def add_and_note(request: Any, *args: Any, **options: Any) -> None:
+        current = _CURRENT.get()
+        if current is not None and current.over:
+            raise asyncio.CancelledError  # a handler that has outlived its request
+        add_request(request, *args, **options)
+        if current is not None:
+            current.states.append(processor.request_states[request.request_id])
+
+    processor.add_request = add_and_note
+
+
+class Metered:
+    """ASGI middleware right around vLLM's app: says after each response what it has cost.
+
+    The message `{"type": "raylm.usage", "prompt_tokens": n, "completion_tokens": m}` is for our own middleware outside
+    of it, which does not send it on. When a request is cancelled its engine requests are aborted: vLLM's routes, when
+    they are cancelled while they wait for a whole answer, leave it to be generated.
+    """
+
+    def __init__(self, app: App, engine: Any) -> None:
+        self._app, self._engine = app, engine
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        current = EngineRequests()
+        token = _CURRENT.set(current)
+        try:
+            await self._app(scope, receive, send)
+        except BaseException:
+            current.over = True
+            await self._abort(current)
+            raise
+        finally:
+            _CURRENT.reset(token)
+            if current.states:
+                await send({"type": USAGE, **current.count()})
+
+    async def _abort(self, requests: EngineRequests) -> None:
+        running = self._engine.output_processor.request_states
+        unfinished = [state for state in requests.states if state.request_id in running]
+        # vLLM forgets a parent (of n answers) only when it is aborted by its own id.
+        ids = dict.fromkeys((state.parent_req or state).request_id for state in unfinished)
+        if ids:
+            await self._engine.abort(list(ids), internal=True)
