@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 from raylm.config.data import Sources
+from raylm.config.speculation import SpeculationSection
 
 
 class GenerateConfig(Section):
@@ -35,6 +36,8 @@ class GenerateConfig(Section):
     """Type the engine computes in; `auto` is the model's, or float32 on a CPU without bfloat16 arithmetic."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """Key-value cache on a machine without GPU."""
+    speculation: SpeculationSection | None = None
+    """Speculative decoding, as in serving. It helps where few prompts run at a time."""
     num_replicas: int = Field(1, ge=1)
     """Engines working beside each other."""
     batch_size: int = Field(64, ge=1)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raylm.config.base import Section
+from raylm.config.speculation import SpeculationSection
 
 
 class ServeArgs(Section):
@@ -30,6 +31,8 @@ class ServeArgs(Section):
     """CPUs of one replica; without GPU also the engine's compute threads when there are several replicas."""
     num_gpus: float | Literal["auto"] = "auto"
     """GPUs of one replica; `auto` is `engine.tensor_parallel_size`, or 1, where the cluster has GPUs, else 0."""
+    speculation: SpeculationSection | None = None
+    """Speculative decoding: a method, and the draft model where it has one (docs/speculative-decoding.md)."""
     engine: dict[str, Any] = {}
     """Further engine and server arguments under vLLM's own names, with underscores, such as `enforce_eager`."""
 

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from raylm.config.speculation import SpeculationSection
 from raylm.errors import ModelError
+from raylm.models.drafts import speculative_config
 
 
 def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
@@ -14,8 +16,20 @@ def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
     return environment
 
 
-def load_engine(folder: str, *, dtype: str, max_model_len: int | None, seed: int, use_gpu: bool) -> Any:
-    """A vLLM engine over a hub id or folder. Raises ModelError for a length above the model's."""
+def load_engine(
+    folder: str,
+    *,
+    dtype: str,
+    max_model_len: int | None,
+    seed: int,
+    use_gpu: bool,
+    speculation: SpeculationSection | None = None,
+    count: bool = False,
+) -> Any:
+    """A vLLM engine over a hub id or folder. count: keep vLLM's metrics, for `get_metrics`.
+
+    Raises ModelError for a length above the model's, and for a draft that does not fit it.
+    """
     import torch
     from vllm import LLM
 
@@ -23,6 +37,9 @@ def load_engine(folder: str, *, dtype: str, max_model_len: int | None, seed: int
 
     if not use_gpu and dtype == "auto" and not has_native_bf16(torch.device("cpu")):
         dtype = "float32"
+    settings = None
+    if speculation is not None:
+        settings = speculative_config(speculation, folder, use_gpu=use_gpu, max_model_len=max_model_len)
     try:
         return LLM(
             model=folder,
@@ -30,7 +47,8 @@ def load_engine(folder: str, *, dtype: str, max_model_len: int | None, seed: int
             max_model_len=max_model_len,
             seed=seed,
             enforce_eager=not use_gpu,
-            disable_log_stats=True,
+            disable_log_stats=not count,
+            speculative_config=settings,
         )
     except ValueError as error:
         raise ModelError(folder, f"vLLM cannot load it: {str(error).splitlines()[0]}") from None

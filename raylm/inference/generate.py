@@ -108,7 +108,12 @@ class _Engine:
         from vllm import SamplingParams
 
         self._engine = load_engine(
-            folder, dtype=config.dtype, max_model_len=config.max_model_len, seed=config.seed, use_gpu=use_gpu
+            folder,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            seed=config.seed,
+            use_gpu=use_gpu,
+            speculation=config.speculation,
         )
         self._prompts = PromptEncoder(load_tokenizer(folder), config.model)
         self._sampling = SamplingParams(

@@ -5,7 +5,13 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.serving.api_key import digest, read_api_key
-from raylm.serving.checks import check_model, check_resources, replica_gpus, warn_without_chat_template
+from raylm.serving.checks import (
+    check_draft,
+    check_model,
+    check_resources,
+    replica_gpus,
+    warn_without_chat_template,
+)
 from raylm.serving.engine_args import check_engine_keys, model_name
 
 # The engine queues by itself and batches what it gets, so Serve must not hold requests back.
@@ -28,7 +34,6 @@ def build_app(args: ServeArgs) -> Any:
     warn_without_chat_template(args)
     key = read_api_key(args.api_key_file)
     settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
-    replica_args = ServeArgs.model_validate({**settings, "model": check_model(args), "name": model_name(args)})
     if ray.is_initialized():
         resources = ray.cluster_resources()
         check_resources(args, resources)
@@ -36,6 +41,8 @@ def build_app(args: ServeArgs) -> Any:
         # `serve run` builds the application before it connects: this machine stands for the cluster then.
         resources = {"GPU": float(torch.cuda.device_count())}
     gpus = replica_gpus(args, resources)
+    settings |= {"model": check_model(args), "name": model_name(args)}
+    replica_args = ServeArgs.model_validate({**settings, "speculation": check_draft(args, use_gpu=gpus > 0)})
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="engine",

@@ -19,7 +19,7 @@ from raylm.ray_session import ray_session
 from raylm.serving.api_key import read_api_key
 from raylm.serving.app import build_app
 from raylm.serving.checks import check_model, check_port
-from raylm.serving.engine_args import check_engine_keys, model_name
+from raylm.serving.engine_args import check_engine_keys, check_speculation, model_name
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, front_door
 
@@ -78,6 +78,7 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
 def _check(config: ServeConfig) -> None:
     """What can be refused before Ray starts."""
     check_engine_keys(config.engine)
+    check_speculation(config)
     key = read_api_key(config.api_key_file)
     if key is None and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
