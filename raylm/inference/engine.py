@@ -1,10 +1,9 @@
 """vLLM's offline engine, in this process."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from raylm.config.speculation import SpeculationSection
 from raylm.errors import ModelError
-from raylm.models.drafts import speculative_config
 
 
 def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
@@ -23,12 +22,11 @@ def load_engine(
     max_model_len: int | None,
     seed: int,
     use_gpu: bool,
-    speculation: SpeculationSection | None = None,
-    count: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A vLLM engine over a hub id or folder. count: keep vLLM's metrics, for `get_metrics`.
+    """A vLLM engine over a hub id or folder; options: further arguments under vLLM's names, which win over ours.
 
-    Raises ModelError for a length above the model's, and for a draft that does not fit it.
+    Raises ModelError for a length above the model's.
     """
     import torch
     from vllm import LLM
@@ -37,18 +35,16 @@ def load_engine(
 
     if not use_gpu and dtype == "auto" and not has_native_bf16(torch.device("cpu")):
         dtype = "float32"
-    settings = None
-    if speculation is not None:
-        settings = speculative_config(speculation, folder, use_gpu=use_gpu, max_model_len=max_model_len)
+    settings: dict[str, Any] = {
+        "model": folder,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "seed": seed,
+        "enforce_eager": not use_gpu,
+        "disable_log_stats": True,
+        **(options or {}),
+    }
     try:
-        return LLM(
-            model=folder,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            seed=seed,
-            enforce_eager=not use_gpu,
-            disable_log_stats=not count,
-            speculative_config=settings,
-        )
+        return LLM(**settings)
     except ValueError as error:
         raise ModelError(folder, f"vLLM cannot load it: {str(error).splitlines()[0]}") from None

@@ -21,6 +21,7 @@ from raylm.data.schema import Message, RowProblem
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import DataError, ModelError, RaylmError
 from raylm.inference.engine import engine_environment, load_engine
+from raylm.models.drafts import portable, speculative_config
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session
 
@@ -42,6 +43,8 @@ def run_generation(config: GenerateConfig) -> GenerateResult:
     folder = as_folder(config.model)
     if not load_tokenizer(folder).chat_template:
         raise ModelError(config.model, "its tokenizer has no chat template.", "Use a chat model.")
+    if config.speculation is not None and config.speculation.row.drafter is not None:
+        _speculation(config, folder, use_gpu=True)  # what does not fit the model is said before Ray starts
     conversations = list(_conversations(config))
     with ray_session(config.cluster_address, num_cpus=max(os.cpu_count() or 1, config.num_replicas + 1)) as ray:
         answers = _answer(ray, config, folder, conversations)
@@ -80,10 +83,15 @@ def _question(found: FileRow) -> list[Message]:
 
 def _answer(ray: Any, config: GenerateConfig, folder: str, conversations: list[list[Message]]) -> dict[int, Any]:
     items = [{"id": number, "messages": json.dumps(messages)} for number, messages in enumerate(conversations)]
+    section = None if config.speculation is None else portable(config.speculation)
     has_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_replicas
     dataset = ray.data.from_items(items).map_batches(
         _Engine,
-        fn_constructor_kwargs={"config": config, "folder": folder, "use_gpu": has_gpu},
+        fn_constructor_kwargs={
+            "config": config.model_copy(update={"speculation": section}),
+            "folder": folder,
+            "use_gpu": has_gpu,
+        },
         batch_size=config.batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.num_replicas),
@@ -101,6 +109,13 @@ def _answer(ray: Any, config: GenerateConfig, folder: str, conversations: list[l
         raise cause or error from None
 
 
+def _speculation(config: GenerateConfig, folder: str, *, use_gpu: bool) -> dict[str, Any]:
+    if config.speculation is None:
+        return {}
+    found = speculative_config(config.speculation, folder, use_gpu=use_gpu, max_model_len=config.max_model_len)
+    return {"speculative_config": found}
+
+
 class _Engine:
     """Loads vLLM in the worker."""
 
@@ -113,7 +128,7 @@ class _Engine:
             max_model_len=config.max_model_len,
             seed=config.seed,
             use_gpu=use_gpu,
-            speculation=config.speculation,
+            options=_speculation(config, folder, use_gpu=use_gpu),
         )
         self._prompts = PromptEncoder(load_tokenizer(folder), config.model)
         self._sampling = SamplingParams(
