@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from raylm.inference.generate import GenerateResult
     from raylm.merging import MergeResult
     from raylm.serving import Endpoint
+    from raylm.serving.speculation_bench import BenchResult
     from raylm.training.planning.plan import Plan
     from raylm.training.run import TrainResult
     from raylm.tuning.results import SweepResult
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "bench_speculation",
     "extend_vocabulary",
     "generate",
     "merge_adapter",
@@ -106,14 +108,38 @@ def serve(
 
     model: a model path or hub id, a YAML file of a ServeConfig, a mapping or a ServeConfig. Raises RaylmError.
     """
-    from raylm.config import ServeConfig, load_config
-
-    is_model = isinstance(model, (str, Path)) and not str(model).endswith((".yaml", ".yml"))
-    source = {"model": str(model)} if is_model else model
-    resolved = load_config(ServeConfig, source, overrides)
+    resolved = _serve_config(model, overrides)
     from raylm.serving import serve as start
 
     return start(resolved)
+
+
+def _serve_config(model: "str | Path | Mapping[str, Any] | ServeConfig", overrides: Overrides) -> "ServeConfig":
+    from raylm.config import ServeConfig, load_config
+
+    is_model = isinstance(model, (str, Path)) and not str(model).endswith((".yaml", ".yml"))
+    return load_config(ServeConfig, {"model": str(model)} if is_model else model, overrides)
+
+
+def bench_speculation(
+    model: "str | Path | Mapping[str, Any] | ServeConfig",
+    overrides: Overrides = (),
+    *,
+    data: Sequence[str] = (),
+    concurrencies: Sequence[int] = (1, 16, 64),
+    max_tokens: int = 128,
+) -> "BenchResult":
+    """Serves a model without and with the configured speculation, one after the other, and measures both.
+
+    model, overrides: as for `serve`, with `speculation.method` among them. data: datasets whose rows are asked up to
+    their last user message; default: paragraphs to copy and correct. concurrencies: requests at a time. max_tokens: of
+    an answer. Raises RaylmError.
+    """
+    resolved = _serve_config(model, overrides)
+    from raylm.serving.speculation_bench import edit_tasks, read_tasks, run_bench
+
+    tasks = read_tasks(data) if data else edit_tasks(2 * max(concurrencies))
+    return run_bench(resolved, tasks, concurrencies=concurrencies, max_tokens=max_tokens)
 
 
 def session(address: str | None = None, num_cpus: int | None = None) -> "AbstractContextManager[Any]":

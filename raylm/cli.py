@@ -70,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
     chat.add_argument("--api-key-file", help="file with the key the server asks for")
     _overrides(chat)
+    speculate = commands.add_parser("speculate", help="measure speculative decoding").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    bench = _command(speculate, "bench", _bench, "serve a model without and with speculation, and compare")
+    bench.add_argument("model", help="hub id, folder, GGUF file, or YAML of a server")
+    bench.add_argument(
+        "--data", action="append", default=[], metavar="FILE", help="dataset to ask (default: edit tasks)"
+    )
+    bench.add_argument("--concurrency", default="1,16,64", metavar="N,…", help="requests at a time (default 1,16,64)")
+    bench.add_argument("--max-tokens", type=int, default=128, metavar="N", help="length of an answer (default 128)")
+    _overrides(bench)
     generate = _command(commands, "generate", _generate, "answer prompts or a dataset into a JSONL file")
     generate.add_argument("model", help="hub id, folder, or GGUF file")
     generate.add_argument("prompts", nargs="*", help="prompts; key=value sets an option", metavar="PROMPT|key=value")
@@ -304,6 +315,22 @@ def _dashboard(options: Any) -> None:
         return
     Path(options.output).write_text(text + "\n", encoding="utf-8")
     print(json.dumps({"output": options.output}) if options.json else f"dashboard       {options.output}")
+
+
+def _bench(options: Any) -> None:
+    counts = options.concurrency.split(",")
+    if not all(count.isdecimal() and int(count) > 0 for count in counts):
+        raise ConfigError("--concurrency", f"{options.concurrency} is not a list of counts, such as 1,16,64.")
+    result = raylm.bench_speculation(
+        options.model,
+        options.overrides,
+        data=options.data,
+        concurrencies=[int(count) for count in counts],
+        max_tokens=options.max_tokens,
+    )
+    from raylm.serving.speculation_bench import as_json, table_lines
+
+    print(json.dumps(as_json(result)) if options.json else "\n".join(table_lines(result)))
 
 
 def _curl(url: str, model: str) -> str:

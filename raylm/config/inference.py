@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from raylm.config.base import Section
 from raylm.config.data import Sources
+from raylm.config.speculation import SpeculationSection
 
 STRUCTURES = ("json", "regex", "choice", "grammar")
 
@@ -78,6 +79,8 @@ class GenerateConfig(Section):
     """Key-value cache on a machine without GPU."""
     engine: dict[str, Any] = {}
     """Further engine arguments under vLLM's own names, such as `tensor_parallel_size` or `speculative_config`."""
+    speculation: SpeculationSection | None = None
+    """Speculative decoding, as in serving. It helps where few prompts run at a time."""
     num_replicas: int = Field(1, ge=1)
     """Engines working beside each other."""
     batch_size: int = Field(64, ge=1)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 from raylm.config.limits import LimitsSection
+from raylm.config.speculation import SpeculationSection
 
 
 class ServeArgs(Section):
@@ -40,6 +41,8 @@ class ServeArgs(Section):
     tool_parser: str = Field("auto", min_length=1)
     """What reads tool calls out of an answer: one of vLLM's parsers by name, `none`, or `auto`: by the chat template,
     where that is unmistakable (docs/serving.md)."""
+    speculation: SpeculationSection | None = None
+    """Speculative decoding: a method, and the draft model where it has one (docs/speculative-decoding.md)."""
     engine: dict[str, Any] = {}
     """Further engine and server arguments under vLLM's own names, with underscores, such as `enforce_eager`."""
 

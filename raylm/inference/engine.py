@@ -6,6 +6,7 @@ from typing import Any
 
 from raylm.config import GenerateConfig
 from raylm.errors import ConfigError, ModelError, nearest
+from raylm.models.drafts import speculative_config
 
 # Set by a field of GenerateConfig.
 RESERVED = {"model": "model", "max_model_len": "max_model_len", "dtype": "dtype", "seed": "seed"}
@@ -32,6 +33,14 @@ def check_engine_keys(engine: Mapping[str, Any]) -> None:
 def gpus_of_replica(engine: Mapping[str, Any]) -> int:
     """GPUs that one engine computes on, where there are any."""
     return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+
+
+def speculation_options(config: GenerateConfig, folder: str, *, use_gpu: bool) -> dict[str, Any]:
+    """Options of `load_engine` for `speculation`. Raises ModelError for a draft that does not fit the model."""
+    if config.speculation is None:
+        return {}
+    found = speculative_config(config.speculation, folder, use_gpu=use_gpu, max_model_len=config.max_model_len)
+    return {"speculative_config": found}
 
 
 def load_engine(

@@ -25,11 +25,12 @@ from raylm.data.templates.table import AUTO, read_template
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import ConfigError, DataError, ModelError, RaylmError
 from raylm.inference.answers import Answers, Batch
-from raylm.inference.engine import check_engine_keys, engine_environment, gpus_of_replica
+from raylm.inference.engine import check_engine_keys, engine_environment, gpus_of_replica, speculation_options
 from raylm.inference.manifest import describe
 from raylm.inference.progress import Progress
 from raylm.inference.reading import batches_of, read_files
 from raylm.inference.worker import PROMPTS, AnswerStage, template_of
+from raylm.models.drafts import portable
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session
 
@@ -69,6 +70,10 @@ def run_generation(config: GenerateConfig) -> GenerateResult:
     _check_output_is_no_input(config, files)
     folder = as_folder(config.model)
     _check_templates(config, folder, files)
+    if config.speculation is not None:
+        config = config.model_copy(update={"speculation": portable(config.speculation)})
+        if config.speculation.row.drafter is not None:
+            speculation_options(config, folder, use_gpu=True)  # a draft that does not fit is refused before Ray starts
     numbers = [*([PROMPTS] if config.prompts else []), *range(len(files))]
     with Answers(
         config.output,

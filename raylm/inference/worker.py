@@ -23,7 +23,7 @@ from raylm.data.schema import Message, RowProblem
 from raylm.data.sources import SourceFile
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import ConfigError, ModelError
-from raylm.inference.engine import load_engine, sampling_params
+from raylm.inference.engine import load_engine, sampling_params, speculation_options
 from raylm.inference.loop import EngineLoop
 from raylm.inference.questions import Question, QuestionReader, row_id
 from raylm.inference.reading import rows_of
@@ -57,7 +57,7 @@ class AnswerStage:
             max_model_len=config.max_model_len,
             seed=config.seed,
             use_gpu=use_gpu,
-            options=config.engine,
+            options={**speculation_options(config, folder, use_gpu=use_gpu), **config.engine},
         )
         engine = llm.llm_engine
         self._max_model_len = int(engine.vllm_config.model_config.max_model_len)

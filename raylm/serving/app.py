@@ -5,6 +5,7 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.serving.checks import (
+    check_draft,
     check_model,
     check_resources,
     replica_gpus,
@@ -35,7 +36,6 @@ def build_app(args: ServeArgs) -> Any:
     warn_of_remote_code(args)
     guard = guard_settings(args)
     settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
-    replica_args = ServeArgs.model_validate({**settings, "model": check_model(args), "name": model_name(args)})
     if ray.is_initialized():
         resources = ray.cluster_resources()
         check_resources(args, resources)
@@ -43,6 +43,8 @@ def build_app(args: ServeArgs) -> Any:
         # `serve run` builds the application before it connects: this machine stands for the cluster then.
         resources = {"GPU": float(torch.cuda.device_count())}
     gpus = replica_gpus(args, resources)
+    settings |= {"model": check_model(args), "name": model_name(args)}
+    replica_args = ServeArgs.model_validate({**settings, "speculation": check_draft(args, use_gpu=gpus > 0)})
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="engine",

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config.serving import ServeArgs
+from raylm.config.speculation import SpeculationSection
 from raylm.errors import ClusterError, ModelError, ServingError
+from raylm.models.drafts import portable, speculative_config
 from raylm.models.folder import PACKAGE_PREFIX, as_folder, is_adapter, locate
+from raylm.serving.engine_args import check_speculation
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,18 @@ def check_model(args: ServeArgs) -> str:
             )
         _check_length(args, _read_json(folder / "config.json"))
     return args.model if args.model.startswith(PACKAGE_PREFIX) else locate(args.model).path
+
+
+def check_draft(args: ServeArgs, *, use_gpu: bool) -> SpeculationSection | None:
+    """Checks what drafts for the model, and returns `speculation` as a replica with another working directory reads it.
+
+    Raises ConfigError or ModelError.
+    """
+    if args.speculation is None:
+        return None
+    check_speculation(args)
+    speculative_config(args.speculation, as_folder(args.model), use_gpu=use_gpu, max_model_len=args.max_model_len)
+    return portable(args.speculation)
 
 
 def warn_without_chat_template(args: ServeArgs) -> None:

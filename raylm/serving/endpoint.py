@@ -21,7 +21,7 @@ from raylm.serving.api_key import read_api_keys
 from raylm.serving.app import build_app
 from raylm.serving.chat_page import PAGE_NAME, ROUTE_PREFIX, build_page_app, check_gradio
 from raylm.serving.checks import check_model, check_port, check_tls
-from raylm.serving.engine_args import check_engine_keys, model_name
+from raylm.serving.engine_args import check_engine_keys, check_speculation, model_name
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, FrontDoor, front_door
 
@@ -84,6 +84,7 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
 def _check(config: ServeConfig) -> None:
     """What can be refused before Ray starts."""
     check_engine_keys(config.engine)
+    check_speculation(config)
     if config.chat_page:
         check_gradio()
     if config.tls_cert_file is not None and config.tls_key_file is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError
+from raylm.models.drafts import speculative_config
 from raylm.serving.tool_parsers import tool_settings
 
 # Set by a field of ours, or by Ray Serve, which does the listening.
@@ -40,10 +41,17 @@ def check_engine_keys(engine: Mapping[str, Any]) -> None:
             raise ConfigError(f"engine.{key}", "is set by a key of its own.", f"Set {field} instead.")
 
 
+def check_speculation(args: ServeArgs) -> None:
+    """Raises ConfigError where speculation is set twice."""
+    if args.speculation is not None and "speculative_config" in args.engine:
+        raise ConfigError("engine.speculative_config", "excludes speculation.", "Drop one of the two.")
+
+
 def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: bool) -> list[str]:
     """Arguments for vLLM's `make_arg_parser`; `engine` comes last and wins over our defaults.
 
-    folder: what `as_folder` gave for the model. on_cpu, native_bf16: what the replica's machine is.
+    folder: what `as_folder` gave for the model. on_cpu, native_bf16: what the replica's machine is. Raises ModelError
+    where the draft of `speculation` does not fit the model.
     """
     settings: dict[str, Any] = {"model": folder, "served_model_name": model_name(args), "dtype": args.dtype}
     if args.max_model_len is not None:
@@ -53,6 +61,10 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
+    if args.speculation is not None:
+        settings["speculative_config"] = speculative_config(
+            args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len
+        )
     settings |= tool_settings(args.tool_parser, args.engine, folder) | args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 

@@ -15,6 +15,7 @@ from raylm.config.serving import ServeArgs, ServeConfig
 from raylm.errors import ClusterError, ModelError, ServingError
 from raylm.serving.app import replica_environment
 from raylm.serving.checks import (
+    check_draft,
     check_model,
     check_port,
     check_resources,
@@ -172,3 +173,18 @@ def test_a_process_that_outlives_its_parent_is_ended_by_its_id() -> None:
     orphan.kill()
     parent.communicate()
     other.communicate()
+
+
+def test_a_draft_is_checked_and_made_absolute_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, head = (write_model(tmp_path / name, hidden_size=8, vocab_size=5) for name in ("m", "d"))
+    args = ServeArgs.model_validate({"model": model, "speculation": {"method": "draft_model", "model": "./d"}})
+    monkeypatch.chdir(tmp_path)
+    found = check_draft(args, use_gpu=False)
+    assert found is not None
+    assert found.model == head
+    assert check_draft(ServeArgs(model=model), use_gpu=False) is None
+    (tmp_path / "d" / "config.json").write_text(json.dumps({"vocab_size": 6}))
+    with pytest.raises(ModelError, match="has 6 rows and"):
+        check_draft(args, use_gpu=False)

@@ -1,5 +1,6 @@
 """The configuration of a server, and the command line it becomes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from raylm.config.load import load_config
 from raylm.config.serving import ServeArgs, ServeConfig
 from raylm.errors import ConfigError
-from raylm.serving.engine_args import check_engine_keys, command_line, model_name
+from raylm.serving.engine_args import check_engine_keys, check_speculation, command_line, model_name
 
 
 def test_defaults_serve_on_loopback_only() -> None:
@@ -104,3 +105,17 @@ def test_the_shipped_serve_yaml_is_valid() -> None:
     [application] = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
     assert application.import_path == "raylm.serving:build_app"
     assert ServeArgs.model_validate(application.args).model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_speculation_becomes_vllms_own_setting_once() -> None:
+    args = ServeArgs.model_validate({"model": "a/b", "speculation": {"method": "ngram", "prompt_lookup_max": 3}})
+    words = command_line(args, "a/b", on_cpu=True, native_bf16=False)
+    assert json.loads(words[words.index("--speculative-config") + 1]) == {
+        "method": "ngram",
+        "num_speculative_tokens": 6,
+        "prompt_lookup_min": 2,
+        "prompt_lookup_max": 3,
+    }
+    check_speculation(args)
+    with pytest.raises(ConfigError, match=r"engine.speculative_config: excludes speculation"):
+        check_speculation(args.model_copy(update={"engine": {"speculative_config": {"method": "ngram"}}}))
