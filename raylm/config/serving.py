@@ -1,8 +1,8 @@
 """The configuration of a server: the application, and the endpoint it is reached at."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raylm.config.base import Section
 
@@ -30,8 +30,23 @@ class ServeArgs(Section):
     """CPUs of one replica; without GPU also the engine's compute threads when there are several replicas."""
     num_gpus: float | Literal["auto"] = "auto"
     """GPUs of one replica; `auto` is `engine.tensor_parallel_size`, or 1, where the cluster has GPUs, else 0."""
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """One LoRA adapter to serve beside the model: a PEFT adapter folder or its s3://, gs://, … address; clients ask
+    for MODEL:NAME, or NAME, its last part."""
+    adapters: Annotated[str, Field(min_length=1)] | None = None
+    """Folder, or s3://, gs://, … address, that holds PEFT adapter folders: each is served under its name."""
+    max_adapters: int = Field(8, ge=1)
+    """Adapters whose weights an engine holds at once; beyond it the one that was used least recently gives way."""
+    max_adapter_rank: Annotated[int, Field(ge=1, le=512)] | None = None
+    """Highest rank an adapter may have; default: the highest among those that are there at the start, else 64."""
     engine: dict[str, Any] = {}
     """Further engine and server arguments under vLLM's own names, with underscores, such as `enforce_eager`."""
+
+    @model_validator(mode="after")
+    def adapters_come_from_one_place(self) -> Self:
+        if self.adapter is not None and self.adapters is not None:
+            raise ValueError("adapter and adapters exclude each other: put the adapter below the root, or drop one")
+        return self
 
 
 class ServeConfig(ServeArgs):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from raylm.errors import ModelError
+from raylm.models.adapter_files import check_folder, servable_rank
 
 
 def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
@@ -14,8 +15,13 @@ def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
     return environment
 
 
-def load_engine(folder: str, *, dtype: str, max_model_len: int | None, seed: int, use_gpu: bool) -> Any:
-    """A vLLM engine over a hub id or folder. Raises ModelError for a length above the model's."""
+def load_engine(
+    folder: str, *, dtype: str, max_model_len: int | None, seed: int, use_gpu: bool, adapter: str | None = None
+) -> Any:
+    """A vLLM engine over a hub id or folder. Raises ModelError for a length above the model's.
+
+    adapter: folder of the LoRA adapter that `adapter_request` will name. Raises ModelError where it is not servable.
+    """
     import torch
     from vllm import LLM
 
@@ -31,6 +37,22 @@ def load_engine(folder: str, *, dtype: str, max_model_len: int | None, seed: int
             seed=seed,
             enforce_eager=not use_gpu,
             disable_log_stats=True,
+            **_adapter_settings(adapter, folder),
         )
     except ValueError as error:
         raise ModelError(folder, f"vLLM cannot load it: {str(error).splitlines()[0]}") from None
+
+
+def adapter_request(adapter: str | None) -> Any:
+    """What an engine that was loaded with an adapter is told with each prompt; None without one."""
+    if adapter is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("adapter", 1, adapter)
+
+
+def _adapter_settings(adapter: str | None, model: str) -> dict[str, Any]:
+    if adapter is None:
+        return {}
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": servable_rank(check_folder(adapter, model))}

@@ -20,7 +20,8 @@ from raylm.data.rows import FileRow, iterate_rows
 from raylm.data.schema import Message, RowProblem
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import DataError, ModelError, RaylmError
-from raylm.inference.engine import engine_environment, load_engine
+from raylm.inference.engine import adapter_request, engine_environment, load_engine
+from raylm.models.adapter_files import check_folder
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session
 
@@ -42,6 +43,9 @@ def run_generation(config: GenerateConfig) -> GenerateResult:
     folder = as_folder(config.model)
     if not load_tokenizer(folder).chat_template:
         raise ModelError(config.model, "its tokenizer has no chat template.", "Use a chat model.")
+    if config.adapter is not None:
+        config = config.model_copy(update={"adapter": str(Path(config.adapter).expanduser().absolute())})
+        check_folder(str(config.adapter), folder)
     conversations = list(_conversations(config))
     with ray_session(config.cluster_address, num_cpus=max(os.cpu_count() or 1, config.num_replicas + 1)) as ray:
         answers = _answer(ray, config, folder, conversations)
@@ -108,8 +112,14 @@ class _Engine:
         from vllm import SamplingParams
 
         self._engine = load_engine(
-            folder, dtype=config.dtype, max_model_len=config.max_model_len, seed=config.seed, use_gpu=use_gpu
+            folder,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            seed=config.seed,
+            use_gpu=use_gpu,
+            adapter=config.adapter,
         )
+        self._adapter = adapter_request(config.adapter)
         self._prompts = PromptEncoder(load_tokenizer(folder), config.model)
         self._sampling = SamplingParams(
             max_tokens=config.max_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
@@ -126,7 +136,7 @@ class _Engine:
         prompts = [
             {"prompt_token_ids": self._ids(*item)} for item in zip(batch["id"].to_pylist(), conversations, strict=True)
         ]
-        outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False)
+        outputs = self._engine.generate(prompts, self._sampling, use_tqdm=False, lora_request=self._adapter)
         return pa.table(
             {
                 "id": batch["id"],

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from raylm.config.serving import ServeArgs
+from raylm.serving.adapters import resolve_adapters
 from raylm.serving.api_key import digest, read_api_key
 from raylm.serving.checks import check_model, check_resources, replica_gpus, warn_without_chat_template
 from raylm.serving.engine_args import check_engine_keys, model_name
@@ -28,6 +29,7 @@ def build_app(args: ServeArgs) -> Any:
     warn_without_chat_template(args)
     key = read_api_key(args.api_key_file)
     settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
+    settings |= resolve_adapters(args)
     replica_args = ServeArgs.model_validate({**settings, "model": check_model(args), "name": model_name(args)})
     if ray.is_initialized():
         resources = ray.cluster_resources()

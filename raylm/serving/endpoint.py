@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
+from raylm.serving.adapters import resolve_adapters
 from raylm.serving.api_key import read_api_key
 from raylm.serving.app import build_app
 from raylm.serving.checks import check_model, check_port
-from raylm.serving.engine_args import check_engine_keys, model_name
+from raylm.serving.engine_args import adapter_model, check_engine_keys, model_name
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, front_door
 
@@ -40,6 +41,8 @@ class Endpoint:
     """What clients send as `model`."""
     proxy: str
     """`haproxy`, `python`, or `running` where Serve was there before."""
+    adapter: str | None = None
+    """What clients send as `model` for the single `adapter`, where there is one."""
 
     def wait(self) -> None:
         """Blocks until interrupted. Raises ServingError when the application fails for good."""
@@ -69,7 +72,9 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
         app = build_app(config)
         num_nodes = sum(node["Alive"] for node in ray.nodes())
         with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
-            endpoint = Endpoint(f"http://{_client_host(door.host)}:{door.port}", model_name(config), door.proxy)
+            endpoint = Endpoint(
+                f"http://{_client_host(door.host)}:{door.port}", model_name(config), door.proxy, adapter_model(config)
+            )
             logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
             _wait_until_ready(endpoint, config)
             yield endpoint
@@ -82,6 +87,7 @@ def _check(config: ServeConfig) -> None:
     if key is None and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
     check_model(config)
+    resolve_adapters(config, warn=False)
     import ray
 
     if not (ray.is_initialized() or config.cluster_address or os.environ.get("RAY_ADDRESS")):

@@ -7,6 +7,7 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError
+from raylm.serving.adapters import engine_settings, open_adapters
 
 # Set by a field of ours, or by Ray Serve, which does the listening.
 RESERVED = {
@@ -23,6 +24,12 @@ RESERVED = {
 def model_name(args: ServeArgs) -> str:
     """What clients send as `model`: `name`, else the last part of the path without .gguf."""
     return args.name or Path(args.model).expanduser().absolute().name.removesuffix(".gguf")
+
+
+def adapter_model(args: ServeArgs) -> str | None:
+    """What clients send as `model` for the single `adapter` of a configuration; None where it has none."""
+    root = open_adapters(args) if args.adapter is not None else None
+    return f"{model_name(args)}:{root.names()[0]}" if root is not None else None
 
 
 def check_engine_keys(engine: Mapping[str, Any]) -> None:
@@ -48,6 +55,7 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
+    settings |= engine_settings(args)
     settings |= args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeArgs
 from raylm.errors import ServingError
 from raylm.models.folder import as_folder
+from raylm.serving.adapter_routes import close_vllm_adapter_routes, serve_adapters
 from raylm.serving.api_key import KEY_VARIABLE, RequireKey, digest
 from raylm.serving.engine_args import command_line
 
@@ -33,6 +34,7 @@ class Replica:
         node_key = os.environ.pop(KEY_VARIABLE, None)  # vLLM would guard /v1 with it; RequireKey guards all
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        self._args = args
         self._key_digest = key_digest or (digest(node_key) if node_key else None)
         self._exit_stack = AsyncExitStack()
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -51,8 +53,10 @@ class Replica:
         from vllm.entrypoints.launchers.app import build_app
 
         tasks = await self._engine.get_supported_tasks()
+        close_vllm_adapter_routes(self._args)
         app = build_app(self._namespace, tasks, self._engine.model_config)
         await init_app_state(self._engine, app.state, self._namespace, tasks)
+        await serve_adapters(app, self._engine, self._args, self._exit_stack)
         app.state.server = types.SimpleNamespace()  # vLLM's error handler tells its uvicorn server to stop through it
         if self._key_digest is not None:
             # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
