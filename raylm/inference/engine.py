@@ -3,7 +3,7 @@
 from typing import Any
 
 from raylm.errors import ModelError
-from raylm.models.adapter_files import check_folder, servable_rank
+from raylm.inference.adapter import adapter_settings
 
 
 def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
@@ -37,22 +37,7 @@ def load_engine(
             seed=seed,
             enforce_eager=not use_gpu,
             disable_log_stats=True,
-            **_adapter_settings(adapter, folder),
+            **adapter_settings(adapter, folder),
         )
     except ValueError as error:
         raise ModelError(folder, f"vLLM cannot load it: {str(error).splitlines()[0]}") from None
-
-
-def adapter_request(adapter: str | None) -> Any:
-    """What an engine that was loaded with an adapter is told with each prompt; None without one."""
-    if adapter is None:
-        return None
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest("adapter", 1, adapter)
-
-
-def _adapter_settings(adapter: str | None, model: str) -> dict[str, Any]:
-    if adapter is None:
-        return {}
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": servable_rank(check_folder(adapter, model))}

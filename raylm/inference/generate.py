@@ -20,7 +20,8 @@ from raylm.data.rows import FileRow, iterate_rows
 from raylm.data.schema import Message, RowProblem
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import DataError, ModelError, RaylmError
-from raylm.inference.engine import adapter_request, engine_environment, load_engine
+from raylm.inference.adapter import adapter_request
+from raylm.inference.engine import engine_environment, load_engine
 from raylm.models.adapter_files import check_folder
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session

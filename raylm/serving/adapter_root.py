@@ -51,6 +51,10 @@ class AdapterFiles(Protocol):
         """A file from its beginning."""
         ...
 
+    def num_bytes(self, file: str) -> int:
+        """A file's length."""
+        ...
+
 
 class AdapterRoot(Protocol):
     """The adapters there are, by name."""
@@ -178,6 +182,9 @@ class LocalFiles:
     def open(self, file: str) -> BinaryIO:
         return self._resolved(file).open("rb")
 
+    def num_bytes(self, file: str) -> int:
+        return self._resolved(file).stat().st_size
+
     def _mark(self, file: str) -> str:
         path = self._resolved(file)
         if not path.is_file():
@@ -244,13 +251,18 @@ class RemoteFiles:
     def _of(self, file: str) -> str:
         return with_key(self._address, f"{key_of(self._address).rstrip('/')}/{file}".lstrip("/"))
 
+    def num_bytes(self, file: str) -> int:
+        return int(self._info(file).size)
+
     def _there(self, file: str) -> bool:
         from pyarrow import fs
 
+        return bool(self._info(file).type == fs.FileType.File)
+
+    def _info(self, file: str) -> Any:
         system, inner = inner_path(self._of(file))
         with as_os_error():
-            found: Any = system.get_file_info(inner).type
-        return bool(found == fs.FileType.File)
+            return system.get_file_info(inner)
 
 
 def _check_scheme(address: str) -> None:

@@ -410,7 +410,7 @@ def survey(
         if known is not None and known.fingerprint == seen:
             return known
         with files.open(CONFIG_FILE) as config, files.open(WEIGHTS_FILE) as weights:
-            shapes = read_shapes(weights, where)
+            shapes = read_shapes(weights, where, num_bytes=files.num_bytes(WEIGHTS_FILE))
             rank = check_servable(read_config(config, where), shapes, where, linear=linear, max_rank=max_rank)
         return Survey(seen, rank, _hash(files) if hashed else None)
     except ModelError as error:
