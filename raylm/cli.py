@@ -63,9 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     _overrides(sweep)
     serve = _command(commands, "serve", _serve, "host a model behind an OpenAI-compatible endpoint")
     serve.add_argument("model", help="hub id, folder, GGUF file, or YAML of a server")
+    serve.add_argument("--adapter", metavar="DIR", help="LoRA adapter to serve beside the model")
     _overrides(serve)
     chat = _command(commands, "chat", _chat, "talk to a model or a running server in the terminal")
     chat.add_argument("target", metavar="MODEL_OR_URL", help="hub id, folder, GGUF file, or http://… of a server")
+    chat.add_argument("--adapter", metavar="DIR", help="LoRA adapter to talk to (of a running server: its name)")
     chat.add_argument("--system", help="system message")
     chat.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
     chat.add_argument("--api-key-file", help="file with the key the server asks for")
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _overrides(bench)
     generate = _command(commands, "generate", _generate, "answer prompts or a dataset into a JSONL file")
     generate.add_argument("model", help="hub id, folder, or GGUF file")
+    generate.add_argument("--adapter", metavar="DIR", help="LoRA adapter to answer with")
     generate.add_argument("prompts", nargs="*", help="prompts; key=value sets an option", metavar="PROMPT|key=value")
     data = commands.add_parser("data", help="look at datasets").add_subparsers(required=True, metavar="COMMAND")
     preview = _command(data, "preview", _preview, "show what the model will see; tokens that carry loss are marked")
@@ -291,13 +294,14 @@ def _track(options: Any) -> None:
 
 
 def _serve(options: Any) -> None:
-    with raylm.serve(options.model, options.overrides) as server:
+    with raylm.serve(options.model, _with_adapter(options)) as server:
+        model = server.adapter or server.model
         if options.json:
             page = {"chat_page": server.chat_page} if server.chat_page else {}
-            print(json.dumps({"url": server.url, "model": server.model, **page}), flush=True)
+            print(json.dumps({"url": server.url, "model": model, **page}), flush=True)
         else:
-            print(f"{server.model} is served at {server.url}/v1 (ctrl-c stops it). Try:", flush=True)
-            print(_curl(server.url, server.model), flush=True)
+            print(f"{model} is served at {server.url}/v1 (ctrl-c stops it). Try:", flush=True)
+            print(_curl(server.url, model), flush=True)
             if server.chat_page:
                 print(f"Chat page: {server.chat_page}", flush=True)
         try:
@@ -333,6 +337,11 @@ def _bench(options: Any) -> None:
     print(json.dumps(as_json(result)) if options.json else "\n".join(table_lines(result)))
 
 
+def _with_adapter(options: Any) -> list[str]:
+    """The settings of a command with its --adapter among them."""
+    return [*([f"adapter={json.dumps(options.adapter)}"] if options.adapter else []), *options.overrides]
+
+
 def _curl(url: str, model: str) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}]})
     return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
@@ -346,21 +355,35 @@ def _chat(options: Any) -> None:
     if options.target.startswith(("http://", "https://")):
         if options.overrides:
             raise ConfigError(options.overrides[0], "is a setting of a server, and this one runs already.")
-        chat_in_terminal(options.target, api_key=key, system=options.system, max_tokens=options.max_tokens)
+        chat_in_terminal(
+            options.target,
+            api_key=key,
+            system=options.system,
+            max_tokens=options.max_tokens,
+            model=options.adapter,
+        )
         return
-    with raylm.serve(options.target, options.overrides) as server:
+    with raylm.serve(options.target, _with_adapter(options)) as server:
         from raylm.data.prompt import PromptEncoder
         from raylm.data.tokenizer import load_tokenizer
         from raylm.models.folder import as_folder
 
         prompts = PromptEncoder(load_tokenizer(as_folder(options.target)), options.target)
-        chat_in_terminal(server.url, api_key=key, system=options.system, max_tokens=options.max_tokens, prompts=prompts)
+        chat_in_terminal(
+            server.url,
+            api_key=key,
+            system=options.system,
+            max_tokens=options.max_tokens,
+            prompts=prompts,
+            model=server.adapter,
+        )
 
 
 def _generate(options: Any) -> None:
     settings = [item for item in options.prompts if _is_setting(item)]
     prompts = [item for item in options.prompts if not _is_setting(item)]
-    result = raylm.generate({"model": options.model, **({"prompts": prompts} if prompts else {})}, settings)
+    given = {"prompts": prompts, "adapter": options.adapter}
+    result = raylm.generate({"model": options.model, **{k: v for k, v in given.items() if v}}, settings)
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:

@@ -20,6 +20,8 @@ class GenerateConfig(Section):
 
     model: str = Field(min_length=1)
     """Hub id, folder or GGUF file; `pkg://PACKAGE/FILE` names a file that an installed Python package ships."""
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """LoRA adapter to answer with: a PEFT adapter folder."""
     prompts: tuple[str, ...] = ()
     """User messages to answer."""
     data: Sources = ()

@@ -43,6 +43,15 @@ class ServeArgs(Section):
     where that is unmistakable (docs/serving.md)."""
     speculation: SpeculationSection | None = None
     """Speculative decoding: a method, and the draft model where it has one (docs/speculative-decoding.md)."""
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """One LoRA adapter to serve beside the model: a PEFT adapter folder or its s3://, gs://, … address; clients ask
+    for MODEL:NAME, or NAME, its last part."""
+    adapters: Annotated[str, Field(min_length=1)] | None = None
+    """Folder, or s3://, gs://, … address, that holds PEFT adapter folders: each is served under its name."""
+    max_adapters: int = Field(8, ge=1)
+    """Adapters whose weights an engine holds at once; beyond it the one that was used least recently gives way."""
+    max_adapter_rank: Annotated[int, Field(ge=1, le=512)] | None = None
+    """Highest rank an adapter may have; default: the highest among those that are there at the start, else 64."""
     engine: dict[str, Any] = {}
     """Further engine and server arguments under vLLM's own names, with underscores, such as `enforce_eager`."""
 
@@ -56,6 +65,12 @@ class ServeArgs(Section):
     def prompts_are_logged_in_the_access_log(self) -> Self:
         if self.log_prompts and not self.access_log:
             raise ValueError("log_prompts writes into the access log, which access_log=false switches off")
+        return self
+
+    @model_validator(mode="after")
+    def adapters_come_from_one_place(self) -> Self:
+        if self.adapter is not None and self.adapters is not None:
+            raise ValueError("adapter and adapters exclude each other: put the adapter below the root, or drop one")
         return self
 
 

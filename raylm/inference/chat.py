@@ -8,7 +8,7 @@ from typing import Any
 
 from raylm.data.prompt import PromptEncoder
 from raylm.data.schema import RowProblem
-from raylm.errors import ServingError
+from raylm.errors import ServingError, nearest
 
 HELP = "/reset starts over, /quit leaves, ctrl-c stops an answer."
 
@@ -20,17 +20,19 @@ def chat_in_terminal(
     system: str | None = None,
     max_tokens: int | None = None,
     prompts: PromptEncoder | None = None,
+    model: str | None = None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] | None = None,
 ) -> None:
     """Runs until /quit; answers are the likeliest ones, so the same words get the same answer.
 
     url: of the server, with or without /v1; max_tokens: of an answer, default the model's room; prompts: of the served
-    model, where it is at hand: with it, names of control tokens that somebody types stay text, as in training. Raises
-    ServingError when the server does not answer.
+    model, where it is at hand: with it, names of control tokens that somebody types stay text, as in training; model:
+    the one to talk to, or an adapter's name; default: the first that the server lists. Raises ServingError when the
+    server does not answer, or does not serve it.
     """
     write = write or _write
-    client, model = _connect(url, api_key)
+    client, model = _connect(url, api_key, model)
     history: list[dict[str, str]] = _start(system)
     write(f"{model} at {url}. {HELP}\n")
     while True:
@@ -99,7 +101,7 @@ def _context_length(client: Any, model: str) -> int:
     return next(int(item.max_model_len) for item in client.models.list() if item.id == model)
 
 
-def _connect(url: str, api_key: str | None) -> tuple[Any, str]:
+def _connect(url: str, api_key: str | None, wanted: str | None) -> tuple[Any, str]:
     import logging
 
     import openai
@@ -108,11 +110,15 @@ def _connect(url: str, api_key: str | None) -> tuple[Any, str]:
     base = url.rstrip("/").removesuffix("/v1") + "/v1"
     client = openai.OpenAI(base_url=base, api_key=api_key or "none", max_retries=0)
     try:
-        return client, next(iter(client.models.list())).id
+        served = [model.id for model in client.models.list()]
     except openai.AuthenticationError:
         raise ServingError(url, "asks for an API key.", "Give it with --api-key-file.") from None
     except openai.APIConnectionError:
         raise ServingError(url, "does not answer.", "Start it with: raylm serve MODEL") from None
+    found = [name for name in served if wanted is None or name == wanted or name.endswith(f":{wanted}")]
+    if not found:
+        raise ServingError(url, f"does not serve {wanted}.", nearest(str(wanted), served))
+    return client, found[0]
 
 
 def _start(system: str | None) -> list[dict[str, str]]:

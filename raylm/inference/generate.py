@@ -30,6 +30,7 @@ from raylm.inference.manifest import describe
 from raylm.inference.progress import Progress
 from raylm.inference.reading import batches_of, read_files
 from raylm.inference.worker import PROMPTS, AnswerStage, template_of
+from raylm.models.adapter_files import check_folder
 from raylm.models.drafts import portable
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session
@@ -70,9 +71,13 @@ def run_generation(config: GenerateConfig) -> GenerateResult:
     _check_output_is_no_input(config, files)
     folder = as_folder(config.model)
     _check_templates(config, folder, files)
+    if config.adapter is not None:
+        config = config.model_copy(update={"adapter": str(Path(config.adapter).expanduser().absolute())})
+        check_folder(str(config.adapter), folder)
     if config.speculation is not None:
+        has_drafter = config.speculation.row.drafter is not None
         config = config.model_copy(update={"speculation": portable(config.speculation)})
-        if config.speculation.row.drafter is not None:
+        if has_drafter:
             speculation_options(config, folder, use_gpu=True)  # a draft that does not fit is refused before Ray starts
     numbers = [*([PROMPTS] if config.prompts else []), *range(len(files))]
     with Answers(

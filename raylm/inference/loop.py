@@ -13,9 +13,9 @@ from typing import Any
 class EngineLoop:
     """The thread and what it waits for. steps, scheduled: engine steps, and the sum of requests at work in them."""
 
-    def __init__(self, engine: Any) -> None:
-        """engine: a vLLM LLMEngine."""
-        self._engine = engine
+    def __init__(self, engine: Any, adapter: Any = None) -> None:
+        """engine: a vLLM LLMEngine; adapter: the LoRARequest of every prompt, or None."""
+        self._engine, self._adapter = engine, adapter
         self._inbox: queue.SimpleQueue[tuple[list[int], Any, Future[Any]]] = queue.SimpleQueue()
         self._futures: dict[str, Future[Any]] = {}
         self._failure: BaseException | None = None
@@ -63,7 +63,7 @@ class EngineLoop:
             name = str(self._number)
             self._number += 1
             try:
-                self._engine.add_request(name, {"prompt_token_ids": ids}, params)
+                self._engine.add_request(name, {"prompt_token_ids": ids}, params, lora_request=self._adapter)
             except Exception as error:  # of this request: vLLM checks before it takes one in
                 future.set_exception(error)
             else:

@@ -63,7 +63,8 @@ def describe(config: GenerateConfig, folder: str, files: Sequence[SourceFile]) -
         while name in found:  # splits of one hub dataset
             name += "+"
         found[name] = {"version": version, **json.loads(json.dumps(options))}
-    return Manifest(settings, _model_version(folder), found)
+    versions = [_model_version(path) for path in (folder, config.adapter) if path is not None]
+    return Manifest(settings, ":".join(versions), found)
 
 
 def read_manifest(path: Path) -> Manifest | None:

@@ -23,6 +23,7 @@ from raylm.data.schema import Message, RowProblem
 from raylm.data.sources import SourceFile
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import ConfigError, ModelError
+from raylm.inference.adapter import adapter_request, adapter_settings
 from raylm.inference.engine import load_engine, sampling_params, speculation_options
 from raylm.inference.loop import EngineLoop
 from raylm.inference.questions import Question, QuestionReader, row_id
@@ -57,12 +58,16 @@ class AnswerStage:
             max_model_len=config.max_model_len,
             seed=config.seed,
             use_gpu=use_gpu,
-            options={**speculation_options(config, folder, use_gpu=use_gpu), **config.engine},
+            options={
+                **adapter_settings(config.adapter, folder),
+                **speculation_options(config, folder, use_gpu=use_gpu),
+                **config.engine,
+            },
         )
         engine = llm.llm_engine
         self._max_model_len = int(engine.vllm_config.model_config.max_model_len)
         _check_sampling(engine, config)
-        self._loop = EngineLoop(engine)
+        self._loop = EngineLoop(engine, adapter_request(config.adapter))
         tokenizer = load_tokenizer(folder)
         self._decode = tokenizer.decode
         names = {template_of(config, file) for file in [None, *files]}

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from raylm.config.serving import ServeArgs
+from raylm.serving.adapters import resolve_adapters
 from raylm.serving.checks import (
     check_draft,
     check_model,
@@ -36,6 +37,7 @@ def build_app(args: ServeArgs) -> Any:
     warn_of_remote_code(args)
     guard = guard_settings(args)
     settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
+    settings |= resolve_adapters(args)
     if ray.is_initialized():
         resources = ray.cluster_resources()
         check_resources(args, resources)

@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 from raylm.config.serving import ChatPageArgs, ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
+from raylm.serving.adapters import resolve_adapters
 from raylm.serving.api_key import read_api_keys
 from raylm.serving.app import build_app
 from raylm.serving.chat_page import PAGE_NAME, ROUTE_PREFIX, build_page_app, check_gradio
 from raylm.serving.checks import check_model, check_port, check_tls
-from raylm.serving.engine_args import check_engine_keys, check_speculation, model_name
+from raylm.serving.engine_args import adapter_model, check_engine_keys, check_speculation, model_name
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, FrontDoor, front_door
 
@@ -44,6 +45,8 @@ class Endpoint:
     """`haproxy`, `python`, or `running` where Serve was there before."""
     chat_page: str | None = None
     """Address of the chat page, where there is one."""
+    adapter: str | None = None
+    """What clients send as `model` for the single `adapter`, where there is one."""
 
     def wait(self) -> None:
         """Blocks until interrupted. Raises ServingError when the application fails for good."""
@@ -75,7 +78,7 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
         with front_door(config, num_nodes=num_nodes) as door, _deployed(app, _page(config, door)), descendants.noted():
             url = _url(door)
             chat_page = url + ROUTE_PREFIX if config.chat_page else None
-            endpoint = Endpoint(url, model_name(config), door.proxy, chat_page)
+            endpoint = Endpoint(url, model_name(config), door.proxy, chat_page, adapter_model(config))
             logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
             _wait_until_ready(endpoint, config)
             yield endpoint
@@ -93,6 +96,7 @@ def _check(config: ServeConfig) -> None:
     if not keys and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
     check_model(config)
+    resolve_adapters(config, warn=False)
     import ray
 
     if not (ray.is_initialized() or config.cluster_address or os.environ.get("RAY_ADDRESS")):

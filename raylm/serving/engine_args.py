@@ -8,6 +8,7 @@ from typing import Any
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError
 from raylm.models.drafts import speculative_config
+from raylm.serving.adapters import engine_settings, open_adapters
 from raylm.serving.tool_parsers import tool_settings
 
 # Set by a field of ours, or by Ray Serve, which does the listening.
@@ -29,6 +30,12 @@ JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 def model_name(args: ServeArgs) -> str:
     """What clients send as `model`: `name`, else the last part of the path without .gguf."""
     return args.name or Path(args.model).expanduser().absolute().name.removesuffix(".gguf")
+
+
+def adapter_model(args: ServeArgs) -> str | None:
+    """What clients send as `model` for the single `adapter` of a configuration; None where it has none."""
+    root = open_adapters(args) if args.adapter is not None else None
+    return f"{model_name(args)}:{root.names()[0]}" if root is not None else None
 
 
 def check_engine_keys(engine: Mapping[str, Any]) -> None:
@@ -65,6 +72,7 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["speculative_config"] = speculative_config(
             args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len
         )
+    settings |= engine_settings(args)
     settings |= tool_settings(args.tool_parser, args.engine, folder) | args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 

@@ -17,6 +17,7 @@ from raylm.config.serving import ServeArgs
 from raylm.errors import ServingError
 from raylm.models.folder import as_folder
 from raylm.serving.access_log import write_beside_the_replica_log
+from raylm.serving.adapter_routes import close_vllm_adapter_routes, serve_adapters
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.engine_args import command_line, model_name
 from raylm.serving.guard import GuardSettings, guarded
@@ -61,8 +62,10 @@ class Replica:
 
         with self._phases.timed("routes"):
             tasks = await self._engine.get_supported_tasks()
+            close_vllm_adapter_routes(self._args)
             app = build_app(self._namespace, tasks, self._engine.model_config)
             await init_app_state(self._engine, app.state, self._namespace, tasks)
+            await serve_adapters(app, self._engine, self._args, self._exit_stack)
         watch(self._engine)
         if self._settings.access_log:
             write_beside_the_replica_log()

@@ -1,0 +1,83 @@
+"""Adapters that the tests make themselves, and an engine that only keeps count."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from raylm.serving.adapters import LoadedAdapter
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def build_adapter(folder: Path, model: Path, *, seed: int, scale: float = 0.3, **options: Any) -> Path:
+    """A PEFT adapter with random matrices, large enough to change the model's answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(LINEAR), **options}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=scale)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def merged_model(model: Path, adapter: Path | None) -> Any:
+    """The base in fp32 with an adapter in its weights: what a server of the pair must agree with."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval() if adapter else base.eval()
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+    """The likeliest tokens one after the other, with their log-probabilities in nats."""
+    import torch
+
+    ids, logprobs = list(prompt), []
+    with torch.no_grad():
+        for _ in range(count):
+            row = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), dim=-1)
+            ids.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+    return ids[len(prompt) :], logprobs
+
+
+def replace_adapter(folder: Path, source: Path) -> None:
+    """New files under the same name, as somebody puts them there who renames a whole folder into place."""
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.copytree(source, fresh)
+    former = folder.with_name(f".{folder.name}.old")
+    folder.rename(former)
+    fresh.rename(folder)
+    shutil.rmtree(former)
+
+
+class CountingEngine:
+    """`AdapterEngine` without weights."""
+
+    def __init__(self) -> None:
+        self.loads: list[tuple[str, int]] = []
+        self.held: set[int] = set()
+        self.running: set[str] = set()
+
+    async def load(self, adapter: LoadedAdapter) -> None:
+        assert (adapter.folder / "adapter_model.safetensors").is_file()
+        self.loads.append((adapter.engine_name, adapter.engine_id))
+        self.held.add(adapter.engine_id)
+
+    async def unload(self, adapter: LoadedAdapter) -> None:
+        self.held.discard(adapter.engine_id)
+
+    async def loaded(self) -> set[int]:
+        return set(self.held)
+
+    def in_flight(self) -> set[str]:
+        return set(self.running)
