@@ -143,7 +143,8 @@ def _agent_url() -> str:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    node: dict[str, Any] = next((node for node in ray.nodes() if node["NodeID"] == here), {})
+    nodes: list[dict[str, Any]] = ray.nodes()
+    node = next((node for node in nodes if node["NodeID"] == here), {})
     if not node.get("MetricsExportPort"):
         raise LookupError("Ray exports none here")
     host = node["NodeManagerAddress"]

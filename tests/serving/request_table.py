@@ -256,7 +256,7 @@ ODD_REQUESTS: dict[str, Request] = {
     "seed that is huge": completion(400, seed=2**70),
     "n of 0": completion(400, n=0),
     "n above 1 of the likeliest answer": completion(400, n=2),
-    "n that is huge": completion(400, n=10**6),
+    "n that is huge": completion(400, n=10**6, temperature=1),
     "logprobs above the limit": completion(400, logprobs=10_000),
     "min_tokens above max_tokens": completion(400, min_tokens=9, max_tokens=3),
     "logit_bias outside the vocabulary": completion(400, logit_bias={"999999": 1}),

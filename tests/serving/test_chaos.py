@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import threading
 import time
@@ -91,6 +92,8 @@ def test_a_killed_replica_costs_only_what_was_in_flight(
     settings = ["dtype=float32", "num_replicas=2", "num_cpus=1"]
     with running_server(served_model_dir, tmp_path_factory.mktemp("two"), settings) as server:
         assert len(processes(server, "ray::ServeReplica")) == 2
+        pages = [server.get("/metrics").text for _ in range(12)]
+        assert len({re.findall(r'^vllm:num_requests_running{replica="(\w+)"', page, re.M)[0] for page in pages}) == 2
         begun, failed, killed_at = asyncio.run(load_and_kill(server))
         print(f"{len(failed)} of {len(begun)} failed: {failed}")
         assert len(begun) == 200

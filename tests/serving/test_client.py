@@ -1,12 +1,13 @@
 """The official `openai` client, its streaming helpers and its parsing of answers, unchanged against our server."""
 
+import json
 from typing import Any, Literal
 
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI, pydantic_function_tool
 from pydantic import BaseModel
 
-from tests.serving.request_table import CALL_TEXT, MODEL, user
+from tests.serving.request_table import CALL_TEXT, MODEL, TOOL, user
 from tests.serving.support import Running
 
 MESSAGES: list[Any] = [user("hello")]
@@ -24,7 +25,6 @@ class Pick(BaseModel):
 
 
 PICK = pydantic_function_tool(Pick, name="pick")
-CALLING: dict[str, Any] = {"extra_body": {"structured_outputs": {"choice": [CALL_TEXT]}}, "max_tokens": 120}
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def test_a_streamed_chat_is_parsed_and_says_what_the_whole_one_says(client: Open
     assert final.choices[0].message.content == whole.choices[0].message.content
 
 
-@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "pick"}}])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "pick"}}])
 def test_a_tool_call_is_parsed_whole_and_streamed(client: OpenAI, choice: Any) -> None:
-    request: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 60, "temperature": 0}
-    request |= {"tools": [PICK], "tool_choice": choice, **(CALLING if choice == "auto" else {})}
+    request: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 180, "temperature": 0}
+    request |= {"tools": [PICK], "tool_choice": choice}
     called = client.chat.completions.parse(**request).choices[0].message.tool_calls
     assert called is not None
     assert called[0].function.parsed_arguments == Pick(n=7)
@@ -63,6 +63,26 @@ def test_a_tool_call_is_parsed_whole_and_streamed(client: OpenAI, choice: Any) -
     assert final is not None
     assert [call.function.parsed_arguments for call in final] == [Pick(n=7)] * len(called)
     assert [event.name for event in done] == ["pick"] * len(called)
+
+
+def test_a_call_that_the_model_chose_is_the_same_whole_and_in_deltas(client: OpenAI) -> None:
+    """The text of the answer is forced; that it is a call is the parser's finding."""
+    request: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 120, "temperature": 0}
+    request |= {"tools": [TOOL], "tool_choice": "auto", "extra_body": {"structured_outputs": {"choice": [CALL_TEXT]}}}
+    choice = client.chat.completions.create(**request).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    (called,) = choice.message.tool_calls or ()
+    assert called.type == "function"
+    assert (called.function.name, json.loads(called.function.arguments)) == ("pick", {"n": 7})
+    names, arguments, reasons = [], "", []
+    for chunk in client.chat.completions.create(**request, stream=True):
+        for part in chunk.choices[0].delta.tool_calls or ():
+            assert part.function is not None
+            names += [part.function.name] if part.function.name else []
+            arguments += part.function.arguments or ""
+        reasons += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
+    assert (names, json.loads(arguments), reasons) == (["pick"], {"n": 7}, ["tool_calls"])
 
 
 def test_responses_whole_streamed_and_parsed(client: OpenAI) -> None:

@@ -86,7 +86,8 @@ def test_odd_requests_get_their_4xx_and_disturb_no_stream(server: Running) -> No
     try:
         for name, request in ODD_REQUESTS.items():
             answer = send(server.url, request, key=KEY)
-            if answer.status != request.status or (request.path.startswith("/v1/c") and "error" not in answer.body):
+            # `detail` is FastAPI's own, before any of vLLM's code: a wrong method, bytes that are no text.
+            if answer.status != request.status or not {"error", "detail"} & answer.body.keys():
                 wrong[name] = (answer.status, answer.body)
     finally:
         done.set()

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
 from tests.conftest import command_line
-from tests.serving.request_table import completion
+from tests.serving.request_table import MODEL, completion
 from tests.serving.support import KEY, Running
 
-EXAMPLES = 40
+EXAMPLES = 20  # of each operation, valid ones and as many invalid ones
 SECONDS = 20.0  # of a request; a long one is no fault, and its client goes away
 # 5xx of vLLM 0.32 that bare vLLM has as well: method and path -> what triggers it. An empty table is the aim.
 KNOWN: dict[tuple[str, str], str] = {}
@@ -39,6 +39,8 @@ def test_no_request_of_the_schema_is_answered_5xx_or_ends_the_engine(server: Run
 
     def send(case: Any) -> None:
         name = (case.operation.method.upper(), case.operation.path)
+        if isinstance(case.body, dict):
+            case.body["model"] = MODEL  # any other is answered 404 before much is looked at
         started = time.monotonic()
         try:
             answer = case.call(
@@ -76,6 +78,8 @@ def test_no_request_of_the_schema_is_answered_5xx_or_ends_the_engine(server: Run
                     raise
     print(dict(statuses), len(slow), "slow", *slow, sep="\n")
     assert not {name: fault for name, fault in faults.items() if name not in KNOWN}
-    assert sum(statuses.values()) > 500
+    assert sum(statuses.values()) > 300
+    assert statuses[200] > 20
+    assert statuses[400] > 50
     assert engine_of(server) == engine
     assert server.get("/v1/completions", "POST", json=completion().body).status_code == 200
