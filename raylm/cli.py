@@ -1,6 +1,7 @@
 """`raylm`: parse, load the configuration, call one function.
 
-Exit code 0: done; 2: a fault the user can mend, in one line; 1: a bug, with its traceback. With --json the result is
+Exit code 0: done; 2: a fault the user can mend, in one line; 3: done, but for rows that could not be answered; 1: a
+bug, with its traceback. With --json the result is
 one JSON object on stdout, and everything else goes to stderr.
 """
 
@@ -29,14 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for noisy in ("ray", "httpx", "matplotlib", "transformers", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        options.run(options)
+        code = options.run(options)
     except RaylmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
     chat.add_argument("--api-key-file", help="file with the key the server asks for")
     _overrides(chat)
-    generate = _command(commands, "generate", _generate, "answer prompts or a dataset into a JSONL file")
+    generate = _command(commands, "generate", _generate, "answer prompts or a dataset into JSONL or Parquet, resumable")
     generate.add_argument("model", help="hub id, folder, or GGUF file")
     generate.add_argument("prompts", nargs="*", help="prompts; key=value sets an option", metavar="PROMPT|key=value")
     data = commands.add_parser("data", help="look at datasets").add_subparsers(required=True, metavar="COMMAND")
@@ -313,14 +314,19 @@ def _chat(options: Any) -> None:
         chat_in_terminal(server.url, api_key=key, system=options.system, max_tokens=options.max_tokens, prompts=prompts)
 
 
-def _generate(options: Any) -> None:
+def _generate(options: Any) -> int:
     settings = [item for item in options.prompts if _is_setting(item)]
     prompts = [item for item in options.prompts if not _is_setting(item)]
     result = raylm.generate({"model": options.model, **({"prompts": prompts} if prompts else {})}, settings)
+    failed = sum(result.failed.values())
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
-        print(f"{result.prompts} answers, {result.tokens} tokens: {result.output}")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result.failed.items())
+        print(f"{result.prompts - failed} answers, {result.tokens} tokens: {result.output}")
+        if failed:
+            print(f"{failed} rows failed, with their reasons in the output: {kinds}", file=sys.stderr)
+    return 3 if failed else 0
 
 
 def _is_setting(item: str) -> bool:

@@ -47,10 +47,9 @@ class _Row:
 
 
 class AnswerStage:
-    """Loads the engine, then answers a batch a call."""
+    """Loads the engine and the tokenizer, then answers a batch a call, of several threads at once."""
 
     def __init__(self, config: GenerateConfig, folder: str, files: Sequence[SourceFile], use_gpu: bool) -> None:
-        self._config, self._files = config, files
         llm = load_engine(
             folder,
             dtype=config.dtype,
@@ -59,23 +58,32 @@ class AnswerStage:
             use_gpu=use_gpu,
             options=config.engine,
         )
-        engine = llm.llm_engine
-        self._max_model_len = int(engine.vllm_config.model_config.max_model_len)
-        _check_sampling(engine, config)
-        self._loop = EngineLoop(engine)
-        tokenizer = load_tokenizer(folder)
+        self._answerer = Answerer(EngineLoop(llm.llm_engine), config, load_tokenizer(folder), files)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._answerer.answered(batch) for batch in table.to_pylist()], schema=ANSWERED)
+
+
+class Answerer:
+    """Batches of rows into lines, with an engine that others may ask as well."""
+
+    def __init__(self, engine: EngineLoop, config: GenerateConfig, tokenizer: Any, files: Sequence[SourceFile]) -> None:
+        """Raises ConfigError for sampling that vLLM refuses, DataError and ModelError for templates."""
+        self._config, self._files, self._engine = config, files, engine
+        try:
+            engine.check(sampling_params(config))
+        except ValueError as error:
+            where = "structured" if config.structured else "sampling"
+            raise ConfigError(where, f"vLLM refuses it: {_first_line(error)}") from None
         self._decode = tokenizer.decode
-        names = {template_of(config, file) for file in [None, *files]}
+        names = {template_of(config, file) for file in [*([None] if config.prompts else []), *files]}
         self._encoders = {name: PromptEncoder(tokenizer, config.model, name) for name in names}
         self._readers = {number: reader_of(config, file) for number, file in enumerate(files)}
         self._readers[PROMPTS] = reader_of(config, None)
         self._encoding = threading.Lock()
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        batches = table.to_pylist()
-        return pa.Table.from_pylist([self._answered(batch) for batch in batches], schema=ANSWERED)
-
-    def _answered(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def answered(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A row of ANSWERED for a batch of `raylm.inference.reading`. Raises ModelError when the engine has stopped."""
         file, start = batch["file"], batch["start"]
         rows = [self._read(file, start + at, raw) for at, raw in enumerate(rows_of(batch))]
         waiting = [row for row in rows if row.error is None]
@@ -140,10 +148,10 @@ class AnswerStage:
         except RowProblem as problem:
             row.error = "template", str(problem)
             return None
-        if len(ids) >= self._max_model_len:
+        if len(ids) >= self._engine.max_model_len:
             row.error = (
                 "too_long",
-                f"the prompt of {len(ids)} tokens leaves no room within max_model_len={self._max_model_len}.",
+                f"the prompt of {len(ids)} tokens leaves no room within max_model_len={self._engine.max_model_len}.",
             )
             return None
         if not ids:
@@ -151,7 +159,7 @@ class AnswerStage:
             return None
         # The first turn draws as the only one would.
         key = f"{row.key}#{len(row.made)}" if row.made else row.key
-        return self._loop.ask(ids, sampling_params(self._config, key))
+        return self._engine.ask(ids, sampling_params(self._config, key))
 
     def _take(self, row: _Row, future: "Future[Any] | None") -> bool:
         """Waits for an answer; True where the row asks for another one."""
@@ -160,14 +168,13 @@ class AnswerStage:
         try:
             output = future.result()
         except ValueError as error:  # vLLM's refusal of one request
-            row.error = "refused", f"vLLM refuses it: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            row.error = "refused", f"vLLM refuses it: {_first_line(error)}"
             return False
         except Exception as error:
-            _leave_where_broken(self._loop)
-            reason = next(iter(str(error).splitlines()), "")
+            _leave_where_broken(self._engine)
             raise ModelError(
                 self._config.model,
-                f"its engine has stopped: {type(error).__name__}: {reason}",
+                f"its engine has stopped: {type(error).__name__}: {_first_line(error)}",
                 "The same command goes on with what is left.",
             ) from None
         row.made.append(output)
@@ -263,18 +270,8 @@ def reader_of(config: GenerateConfig, file: SourceFile | None) -> QuestionReader
     )
 
 
-def _check_sampling(engine: Any, config: GenerateConfig) -> None:
-    """Raises ConfigError for what vLLM would refuse of every row, such as a schema it cannot read."""
-    try:
-        engine.input_processor.process_inputs(
-            "check",
-            {"prompt_token_ids": [0]},
-            sampling_params(config),
-            supported_tasks=engine.get_supported_tasks(),
-        )
-    except ValueError as error:
-        where = "structured" if config.structured else "sampling"
-        raise ConfigError(where, f"vLLM refuses it: {next(iter(str(error).splitlines()), '')}") from None
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _leave_where_broken(loop: EngineLoop) -> None:
