@@ -1,8 +1,7 @@
 """`raylm`: parse, load the configuration, call one function.
 
 Exit code 0: done; 2: a fault the user can mend, in one line; 3: done, but for rows that could not be answered; 1: a
-bug, with its traceback. With --json the result is
-one JSON object on stdout, and everything else goes to stderr.
+bug, with its traceback. With --json the result is one JSON object on stdout, and everything else goes to stderr.
 """
 
 import argparse
