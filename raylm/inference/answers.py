@@ -104,7 +104,13 @@ class Answers:
         return self.ledger.totals
 
     def add(self, batch: Batch) -> None:
-        """Takes a batch, and is done with it within two seconds. Raises ValueError for a row that is there already."""
+        """Takes a batch, and has it on the disk with the next batch that comes two seconds later.
+
+        A batch that is there already is not taken again: Ray may repeat a task. Raises ValueError for one that is
+        there in part.
+        """
+        if all(row in self.ledger.done[batch.file] for row in range(batch.start, batch.stop)):
+            return
         if self._file is None:
             self._next_shard()
         assert self._file is not None

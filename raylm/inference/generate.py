@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,17 +140,21 @@ def _answered(
     """Rows of ANSWERED, in the order in which they get ready."""
     gpus = gpus_of_replica(config.engine)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_replicas * gpus
-    dataset = _asked(ray, config, files, answers).map_batches(
-        AnswerStage,
-        fn_constructor_kwargs={"config": config, "folder": folder, "files": list(files), "use_gpu": use_gpu},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=_engine_pool(ray, config, use_gpu=use_gpu),
-        num_cpus=_ENGINE_CPUS,
-        num_gpus=gpus if use_gpu else 0,
-        max_restarts=_MAX_ENGINE_RESTARTS,
-        runtime_env={"env_vars": engine_environment(config.kv_cache_gib, use_gpu=use_gpu)},
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 announces that `max_restarts` will have another place, and has none yet; without it, a row that
+        # kills its engine would do so for ever.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        dataset = _asked(ray, config, files, answers).map_batches(
+            AnswerStage,
+            fn_constructor_kwargs={"config": config, "folder": folder, "files": list(files), "use_gpu": use_gpu},
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=_engine_pool(ray, config, use_gpu=use_gpu),
+            num_cpus=_ENGINE_CPUS,
+            num_gpus=gpus if use_gpu else 0,
+            max_restarts=_MAX_ENGINE_RESTARTS,
+            runtime_env={"env_vars": engine_environment(config.kv_cache_gib, use_gpu=use_gpu)},
+        )
     context = dataset.context
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # a batch is a block, and a task: what is ready is on its way at once

@@ -72,6 +72,8 @@ def test_no_row_is_lost_or_twice_whenever_runs_are_killed(data: st.DataObject, t
         found = list(missing(answers, sizes, data.draw(st.integers(1, 9), label="batch size")))
         for one in data.draw(st.permutations(found))[: data.draw(st.integers(0, len(found)))]:
             answers.add(one)
+            if data.draw(st.booleans(), label="repeated"):
+                answers.add(one)
             if data.draw(st.booleans(), label="commit"):
                 answers.commit()
         killed(answers, data.draw(st.sampled_from([b"", b'{"file": 0, "sta', b"{"]), label="torn"))
