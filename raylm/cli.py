@@ -322,7 +322,8 @@ def _generate(options: Any) -> int:
         print(json.dumps(dataclasses.asdict(result)))
     else:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.failed.items())
-        print(f"{result.prompts - failed} answers, {result.tokens} tokens: {result.output}")
+        rate = f" ({result.tokens_per_second:.0f} tokens/s)" if result.tokens_per_second else ""
+        print(f"{result.prompts - failed} answers, {result.tokens} tokens{rate}: {result.output}")
         if failed:
             print(f"{failed} rows failed, with their reasons in the output: {kinds}", file=sys.stderr)
     return 3 if failed else 0

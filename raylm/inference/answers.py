@@ -1,6 +1,6 @@
 """Where the answers of a run gather until they are all there, and what a run that was killed goes on from.
 
-Work lies in a folder of its own, `OUTPUT.raylm` beside a file or `OUTPUT/_raylm` in a folder: the manifest, the ledger
+Work lies in a folder of its own, `_OUTPUT.raylm` beside a file or `OUTPUT/_raylm` in a folder: the manifest, the ledger
 and shards of JSON Lines that grow in the order in which answers get ready. A file is put together from the shards in
 the order of the input; of a folder each shard becomes a file as soon as it is full. The price of the order is disk:
 while a file is put together, its answers are there twice.
@@ -59,7 +59,7 @@ class Answers:
         self.kind = kind_of_output(output)
         self.path = Path(output).expanduser().absolute()
         self.is_folder = self.kind == "folder"
-        self.work = self.path / "_raylm" if self.is_folder else self.path.with_name(f"{self.path.name}.raylm")
+        self.work = self.path / "_raylm" if self.is_folder else self.path.with_name(f"_{self.path.name}.raylm")
         self._shard_kind, self._shard_rows = shard_kind, shard_rows
         self._manifest = manifest
         if not self.path.parent.is_dir():

@@ -52,7 +52,8 @@ class GenerateResult:
     """Where the answers lie (docs/generate.md) and their counts.
 
     prompts: rows, those included that a former start had done; tokens: of the answers; failed: kind of fault -> rows,
-    which lie in the output with their reason; resumed: rows of former starts.
+    which lie in the output with their reason; resumed: rows of former starts; tokens_per_second: of this start, behind
+    the first answers; None where those were all.
     """
 
     output: str
@@ -61,6 +62,7 @@ class GenerateResult:
     prompt_tokens: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     resumed: int = 0
+    tokens_per_second: float | None = None
 
 
 def run_generation(config: GenerateConfig) -> GenerateResult:
@@ -78,17 +80,17 @@ def run_generation(config: GenerateConfig) -> GenerateResult:
         shard_rows=config.shard_rows,
         overwrite=config.overwrite,
     ) as answers:
-        resumed = answers.totals.rows
+        resumed, rate = answers.totals.rows, None
         if not answers.is_finished and answers.ledger.unfinished(numbers):
             if resumed:
                 logger.info("%s: going on after %d rows", config.output, resumed)
-            _generate(config, folder, files, answers)
+            rate = _generate(config, folder, files, answers)
         answers.finish(numbers)
         totals = answers.totals
         if not config.data:
             answers.discard()
     failed = dict(totals.failed)
-    return GenerateResult(config.output, totals.rows, totals.tokens, totals.prompt_tokens, failed, resumed)
+    return GenerateResult(config.output, totals.rows, totals.tokens, totals.prompt_tokens, failed, resumed, rate)
 
 
 def _check_output_is_no_input(config: GenerateConfig, files: Sequence[SourceFile]) -> None:
@@ -96,6 +98,9 @@ def _check_output_is_no_input(config: GenerateConfig, files: Sequence[SourceFile
     for file in files:
         if not scheme_of(file.path) and (Path(file.path) == output or output in Path(file.path).parents):
             raise ConfigError("output", f"{config.output} is where {file.path} is read from.", "Choose another.")
+    for source in config.data:
+        if not scheme_of(source.path) and Path(source.path).expanduser().resolve() in output.parents:
+            raise ConfigError("output", f"{config.output} lies in {source.path}, which is read.", "Choose another.")
 
 
 def _check_templates(config: GenerateConfig, folder: str, files: Sequence[SourceFile]) -> None:
@@ -112,8 +117,9 @@ def _check_templates(config: GenerateConfig, folder: str, files: Sequence[Source
             read_template(name)
 
 
-def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], answers: Answers) -> None:
-    """Answers what is missing. Raises what the engines raise, and DataError for a fault with on_error=stop."""
+def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], answers: Answers) -> float | None:
+    """Answers what is missing, and returns tokens a second. Raises what the engines raise, and DataError for a fault
+    with on_error=stop."""
     ledger = answers.ledger
     progress = Progress(None, rows=ledger.totals.rows, tokens=ledger.totals.tokens)
     threading.Thread(target=_count, args=(config, files, progress), daemon=True).start()
@@ -132,6 +138,7 @@ def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], 
                 progress.update(totals.rows, totals.tokens, totals.failed.total())
         except ray.exceptions.RayError as error:
             raise _cause(error) from None
+    return progress.tokens_per_second(ledger.totals.tokens)
 
 
 def _answered(

@@ -89,7 +89,7 @@ def test_no_row_is_lost_or_twice_whenever_runs_are_killed(data: st.DataObject, t
         assert sorted(path.name for path in (folder / "out").iterdir()) == ["_raylm", *(part.name for part in parts)]
     else:
         assert (folder / "out.jsonl").read_bytes() == b"".join(expected)
-        assert sorted(path.name for path in folder.iterdir()) == ["out.jsonl", "out.jsonl.raylm"]
+        assert sorted(path.name for path in folder.iterdir()) == ["_out.jsonl.raylm", "out.jsonl"]
     shutil.rmtree(folder)
 
 
@@ -171,7 +171,7 @@ def test_damage_is_said_and_never_part_of_the_output(tmp_path: Path) -> None:
     with Answers(str(output), MANIFEST) as answers:
         for one in missing(answers, [5, 3], 2):
             answers.add(one)
-    shard = tmp_path / "out.jsonl.raylm" / "shards" / "00000.jsonl"
+    shard = tmp_path / "_out.jsonl.raylm" / "shards" / "00000.jsonl"
     good = shard.read_bytes()
     shard.write_bytes(good[:7] + b"X" + good[8:])
     with Answers(str(output), MANIFEST) as answers, pytest.raises(RunDirError, match="is damaged"):

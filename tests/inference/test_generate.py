@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_done_again(
     total = rows_of(tmp_path / "data")
     output = tmp_path / "out.jsonl"
     config = settings(asked_model_dir, tmp_path / "data", output)
-    ledger = tmp_path / "out.jsonl.raylm" / "ledger.jsonl"
+    ledger = tmp_path / "_out.jsonl.raylm" / "ledger.jsonl"
     ray_address = ray_cluster.get_runtime_context().gcs_address
     process = start({**config, "cluster_address": ray_address})
     wait_for_rows(process, ledger, 8)
@@ -145,6 +145,7 @@ def test_what_is_wrong_is_said_before_an_engine_starts(asked_model_dir: Path, tm
     for change, error, said in (
         ({"output": str(tmp_path / "out.csv")}, DataError, "unknown ending"),
         ({"output": str(tmp_path / "a.jsonl")}, ConfigError, "is read from"),
+        ({"output": str(tmp_path / "b.jsonl"), "data": str(tmp_path)}, ConfigError, "which is read"),
         ({"output": str(tmp_path / "absent" / "out.jsonl")}, DataError, "folder does not exist"),
         ({"engine": {"max-num-seqs": 8}}, ConfigError, "Write engine.max_num_seqs"),
         ({"engine": {"dtype": "float16"}}, ConfigError, "Set dtype instead"),
@@ -213,7 +214,7 @@ def test_a_killed_engine_is_replaced_and_no_row_is_lost(
     total = rows_of(tmp_path / "data")
     output = tmp_path / "out.parquet"
     process = start(settings(asked_model_dir, tmp_path / "data", output, max_tokens=40))
-    wait_for_rows(process, tmp_path / "out.parquet.raylm" / "ledger.jsonl", 8)
+    wait_for_rows(process, tmp_path / "_out.parquet.raylm" / "ledger.jsonl", 8)
     engines = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
