@@ -29,14 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for noisy in ("ray", "httpx", "matplotlib", "transformers", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        code = options.run(options)
+        code: int = options.run(options) or 0
     except RaylmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return code if isinstance(code, int) else 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(group: Any, name: str, run: Callable[[Any], None], summary: str) -> argparse.ArgumentParser:
+def _command(group: Any, name: str, run: Callable[[Any], int | None], summary: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = group.add_parser(name, help=summary, description=summary.capitalize() + ".")
     command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
     command.set_defaults(run=run)

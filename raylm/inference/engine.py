@@ -1,7 +1,7 @@
 """vLLM's offline engine, in this process, and what each request asks of it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raylm.config import GenerateConfig
@@ -75,8 +75,8 @@ def load_engine(
         raise ModelError(folder, f"vLLM cannot load it: {str(error).splitlines()[0]}") from None
 
 
-def sampling_params(config: GenerateConfig, key: str | int = "") -> Any:
-    """What vLLM is asked for one answer; key: of the row, whose seed it decides.
+def sampling_params(config: GenerateConfig, key: str | int = "", stop_token_ids: Sequence[int] = ()) -> Any:
+    """What vLLM is asked for one answer; key: of the row, whose seed it decides; stop_token_ids: end it as well.
 
     The seed is a function of `config.seed` and the key alone, so a row draws the same whatever runs beside it.
     """
@@ -94,6 +94,7 @@ def sampling_params(config: GenerateConfig, key: str | int = "") -> Any:
         presence_penalty=config.presence_penalty,
         frequency_penalty=config.frequency_penalty,
         stop=list(config.stop) or None,
+        stop_token_ids=list(stop_token_ids) or None,
         logprobs=config.logprobs,
         seed=row_seed(config.seed, key) if config.temperature > 0 else None,
         structured_outputs=StructuredOutputsParams(**config.structured) if config.structured else None,

@@ -159,7 +159,7 @@ class Answerer:
             return None
         # The first turn draws as the only one would.
         key = f"{row.key}#{len(row.made)}" if row.made else row.key
-        return self._engine.ask(ids, sampling_params(self._config, key))
+        return self._engine.ask(ids, sampling_params(self._config, key, encoder.stop_token_ids))
 
     def _take(self, row: _Row, future: "Future[Any] | None") -> bool:
         """Waits for an answer; True where the row asks for another one."""
