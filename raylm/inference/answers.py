@@ -12,6 +12,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -128,7 +129,8 @@ class Answers:
             batch.tokens,
         )
         self.ledger.add(entry)
-        self._file.write(batch.lines)
+        with _said(self.work):
+            self._file.write(batch.lines)
         self._offset += len(batch.lines)
         if self.ledger.shard_rows[self._shard] >= self._shard_rows:
             self._close_shard()
@@ -141,10 +143,11 @@ class Answers:
 
     def commit(self) -> None:
         """Puts everything on the disk: first answers, then what the ledger says of them."""
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self.ledger.commit()
+        with _said(self.work):
+            if self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self.ledger.commit()
         self._committed = time.monotonic()
 
     def finish(self, files: Iterable[int]) -> None:
@@ -270,9 +273,10 @@ class Answers:
 
     def _close_shard(self) -> None:
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with _said(self.work):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._file = None
         self.ledger.close_shard(self._shard)
         self.commit()
@@ -306,6 +310,17 @@ class Answers:
         finally:
             for file in files.values():
                 file.close()
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """A full disk in one line. What the ledger names is on the disk all the same."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            str(path), f"cannot be written: {error.strerror}.", "Free disk space; the same command goes on."
+        ) from None
 
 
 def _whole(path: Path) -> Iterator[bytes]:

@@ -71,8 +71,8 @@ def load_engine(
     }
     try:
         return LLM(**settings)
-    except ValueError as error:
-        raise ModelError(folder, f"vLLM cannot load it: {str(error).splitlines()[0]}") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ModelError(folder, f"vLLM cannot load it: {_reason(error)}") from None
 
 
 def sampling_params(config: GenerateConfig, key: str | int = "", stop_token_ids: Sequence[int] = ()) -> Any:
@@ -100,6 +100,13 @@ def sampling_params(config: GenerateConfig, key: str | int = "", stop_token_ids:
         structured_outputs=StructuredOutputsParams(**config.structured) if config.structured else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The line that says it: pydantic puts a heading before it, and the value behind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[1] if len(lines) > 1 and "validation error" in lines[0] else lines[0]
+    return line.removeprefix("Value error, ").partition(" [type=")[0]
 
 
 def row_seed(seed: int, key: str | int) -> int:

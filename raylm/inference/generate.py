@@ -24,13 +24,13 @@ from raylm.data.remote import scheme_of
 from raylm.data.sources import SourceFile, list_files
 from raylm.data.templates.table import AUTO, read_template
 from raylm.data.tokenizer import load_tokenizer
-from raylm.errors import ConfigError, DataError, ModelError, RaylmError
+from raylm.errors import ConfigError, DataError, ModelError
 from raylm.inference.answers import Answers, Batch
 from raylm.inference.engine import check_engine_keys, engine_environment, gpus_of_replica
 from raylm.inference.manifest import describe
 from raylm.inference.progress import Progress
 from raylm.inference.reading import batches_of, read_files
-from raylm.inference.worker import PROMPTS, AnswerStage, template_of
+from raylm.inference.worker import PROMPTS, AnswerStage, error_of_json, template_of
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session
 
@@ -118,26 +118,25 @@ def _check_templates(config: GenerateConfig, folder: str, files: Sequence[Source
 
 
 def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], answers: Answers) -> float | None:
-    """Answers what is missing, and returns tokens a second. Raises what the engines raise, and DataError for a fault
+    """Answers what is missing, and returns tokens a second. Raises what stops the engines, and DataError for a fault
     with on_error=stop."""
     ledger = answers.ledger
     progress = Progress(None, rows=ledger.totals.rows, tokens=ledger.totals.tokens)
     threading.Thread(target=_count, args=(config, files, progress), daemon=True).start()
     cpus = max(os.cpu_count() or 1, config.num_replicas + 1)
     with ray_session(config.cluster_address, num_cpus=cpus) as ray:
-        try:
-            for found in _answered(ray, config, folder, files, answers):
-                if found["num_rows"] >= 0:
-                    answers.end_file(found["file"], found["num_rows"])
-                    continue
-                if found["fault"] and config.on_error == "stop":
-                    place, problem = json.loads(found["fault"])
-                    raise DataError(place, problem, "Mend the row, or set on_error=keep; the same command goes on.")
-                answers.add(_batch(found))
-                totals = ledger.totals
-                progress.update(totals.rows, totals.tokens, totals.failed.total())
-        except ray.exceptions.RayError as error:
-            raise _cause(error) from None
+        for found in _unless_engines_die(_answered(ray, config, folder, files, answers), ray, config.model):
+            if found["stopped"]:
+                raise error_of_json(found["stopped"])
+            if found["num_rows"] >= 0:
+                answers.end_file(found["file"], found["num_rows"])
+                continue
+            if found["fault"] and config.on_error == "stop":
+                place, problem = json.loads(found["fault"])
+                raise DataError(place, problem, "Mend the row, or set on_error=keep; the same command goes on.")
+            answers.add(_batch(found))
+            totals = ledger.totals
+            progress.update(totals.rows, totals.tokens, totals.failed.total())
     return progress.tokens_per_second(ledger.totals.tokens)
 
 
@@ -175,6 +174,19 @@ def _answered(
     finally:
         if hasattr(stream, "close"):
             stream.close()
+
+
+def _unless_engines_die(found: Iterator[dict[str, Any]], ray: Any, model: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from found
+    except ray.exceptions.ActorDiedError as error:
+        if error.actor_init_failed:
+            raise
+        raise ModelError(
+            model,
+            f"its engine died {1 + _MAX_ENGINE_RESTARTS} times.",
+            "Give it more memory, or a smaller engine.max_num_seqs; the same command goes on.",
+        ) from None
 
 
 def _engine_pool(ray: Any, config: GenerateConfig, *, use_gpu: bool) -> Any:
@@ -231,14 +243,6 @@ def _groups(numbers: Sequence[int]) -> list[list[int]]:
 def _batch(found: Mapping[str, Any]) -> Batch:
     names = ("file", "start", "stop", "lines", "answers", "prompt_tokens", "tokens")
     return Batch(**{name: found[name] for name in names}, failed=json.loads(found["failed"]))
-
-
-def _cause(error: Any) -> BaseException:
-    """Our own error where one is behind what Ray raises."""
-    cause = getattr(error, "cause", None)
-    while cause is not None and not isinstance(cause, RaylmError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return cause or error
 
 
 def _count(config: GenerateConfig, files: Sequence[SourceFile], progress: Progress) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raylm import errors
 from raylm.config import GenerateConfig
 from raylm.data.prompt import PromptEncoder
 from raylm.data.readers import RawRow, place_in_file
@@ -22,7 +23,7 @@ from raylm.data.remote import shown
 from raylm.data.schema import Message, RowProblem
 from raylm.data.sources import SourceFile
 from raylm.data.tokenizer import load_tokenizer
-from raylm.errors import ConfigError, ModelError
+from raylm.errors import ConfigError, ModelError, RaylmError
 from raylm.inference.engine import load_engine, sampling_params
 from raylm.inference.loop import EngineLoop
 from raylm.inference.questions import Question, QuestionReader, row_id
@@ -47,21 +48,49 @@ class _Row:
 
 
 class AnswerStage:
-    """Loads the engine and the tokenizer, then answers a batch a call, of several threads at once."""
+    """Loads the engine and the tokenizer, then answers a batch a call, of several threads at once.
+
+    What the user can mend travels as data, in `stopped`: Ray keeps of an exception in a constructor only the text.
+    """
 
     def __init__(self, config: GenerateConfig, folder: str, files: Sequence[SourceFile], use_gpu: bool) -> None:
-        llm = load_engine(
-            folder,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            seed=config.seed,
-            use_gpu=use_gpu,
-            options=config.engine,
-        )
-        self._answerer = Answerer(EngineLoop(llm.llm_engine), config, load_tokenizer(folder), files)
+        self._stopped = ""
+        try:
+            llm = load_engine(
+                folder,
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                seed=config.seed,
+                use_gpu=use_gpu,
+                options=config.engine,
+            )
+            self._answerer = Answerer(EngineLoop(llm.llm_engine), config, load_tokenizer(folder), files)
+        except RaylmError as error:
+            self._stopped = error_to_json(error)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._answerer.answered(batch) for batch in table.to_pylist()], schema=ANSWERED)
+        return pa.Table.from_pylist([self._answered(batch) for batch in table.to_pylist()], schema=ANSWERED)
+
+    def _answered(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not self._stopped:
+            try:
+                return self._answerer.answered(batch)
+            except RaylmError as error:
+                self._stopped = error_to_json(error)
+        nothing = {field.name: "" if pa.types.is_string(field.type) else 0 for field in ANSWERED}
+        return {**nothing, "lines": b"", "fault": "", "stopped": self._stopped}
+
+
+def error_to_json(error: RaylmError) -> str:
+    """What `error_of_json` makes the same error of."""
+    return json.dumps([type(error).__name__, error.where, error.problem, error.remedy])
+
+
+def error_of_json(text: str) -> RaylmError:
+    """The error that `error_to_json` was given."""
+    name, *parts = json.loads(text)
+    found: RaylmError = getattr(errors, name)(*parts)
+    return found
 
 
 class Answerer:
@@ -100,6 +129,7 @@ class Answerer:
             "num_rows": batch["num_rows"],
             "lines": "".join(f"{json.dumps(self._line(row), ensure_ascii=False)}\n" for row in rows).encode(),
             "failed": json.dumps(failed),
+            "stopped": "",
             "fault": json.dumps([fault.place, fault.error[1]]) if fault and fault.error else "",
             "answers": sum(len(output.outputs) for row in rows if not row.error for output in row.made),
             "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
@@ -245,12 +275,14 @@ ANSWERED = pa.schema(
         ("lines", pa.large_binary()),
         ("failed", pa.string()),
         ("fault", pa.large_string()),
+        ("stopped", pa.string()),
         ("answers", pa.int64()),
         ("prompt_tokens", pa.int64()),
         ("tokens", pa.int64()),
     ]
 )
-"""failed: JSON, kind -> rows; fault: JSON of place and problem of the first row that failed, or empty."""
+"""failed: JSON, kind -> rows; fault: JSON of place and problem of the first row that failed, or
+empty; stopped: why the engine answers nothing more, or empty."""
 
 
 def template_of(config: GenerateConfig, file: SourceFile | None) -> str:

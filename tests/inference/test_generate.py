@@ -47,11 +47,11 @@ def settings(model: Path, data: Path, output: Path, **more: Any) -> dict[str, An
         "data": str(data),
         "output": str(output),
         "batch_size": 4,
-        "max_tokens": 12,
+        "max_tokens": 60,
         "max_model_len": 128,
         "temperature": 1.0,
         "dtype": "float32",
-        "engine": {"max_num_seqs": 8},
+        "engine": {"max_num_seqs": 2},  # slow enough to be killed in the middle
         **more,
     }
 
@@ -213,7 +213,7 @@ def test_a_killed_engine_is_replaced_and_no_row_is_lost(
 ) -> None:
     total = rows_of(tmp_path / "data")
     output = tmp_path / "out.parquet"
-    process = start(settings(asked_model_dir, tmp_path / "data", output, max_tokens=40))
+    process = start(settings(asked_model_dir, tmp_path / "data", output))
     wait_for_rows(process, tmp_path / "_out.parquet.raylm" / "ledger.jsonl", 8)
     engines = [
         child
