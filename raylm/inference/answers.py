@@ -12,7 +12,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -92,7 +92,8 @@ class Answers:
             self.commit()
         finally:
             if self._file:
-                self._file.close()
+                with suppress(OSError):  # of what `commit` could not write, which the ledger does not name
+                    self._file.close()
             self._lock.close()
 
     @property
