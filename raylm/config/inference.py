@@ -80,6 +80,8 @@ class GenerateConfig(Section):
     """Further engine arguments under vLLM's own names, such as `tensor_parallel_size` or `speculative_config`."""
     num_replicas: int = Field(1, ge=1)
     """Engines working beside each other."""
+    num_cpus: int = Field(1, ge=1)
+    """CPUs of one engine; without GPU also its compute threads."""
     batch_size: int = Field(64, ge=1)
     """Rows an engine receives, and the output grows by, at once; it always works on several of these batches."""
     shard_rows: int = Field(10_000, ge=1)

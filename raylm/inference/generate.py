@@ -36,8 +36,8 @@ from raylm.ray_session import ray_session
 
 logger = logging.getLogger(__name__)
 
-_ENGINE_CPUS, _READ_CPUS = 0.75, 0.25
-"""Together one, so that a cluster of one CPU runs both."""
+_READ_CPUS = 0.25
+"""Taken from an engine's CPUs, so that a cluster with no more than those runs both."""
 _MAX_ENGINE_RESTARTS = 3
 _MAX_CALLS = 256
 _READERS, _MAX_READ_TASKS = 4, 256
@@ -123,7 +123,7 @@ def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], 
     ledger = answers.ledger
     progress = Progress(None, rows=ledger.totals.rows, tokens=ledger.totals.tokens)
     threading.Thread(target=_count, args=(config, files, progress), daemon=True).start()
-    cpus = max(os.cpu_count() or 1, config.num_replicas + 1)
+    cpus = max(os.cpu_count() or 1, config.num_replicas * config.num_cpus + 1)
     with ray_session(config.cluster_address, num_cpus=cpus) as ray:
         for found in _unless_engines_die(_answered(ray, config, folder, files, answers), ray, config.model):
             if found["stopped"]:
@@ -146,6 +146,9 @@ def _answered(
     """Rows of ANSWERED, in the order in which they get ready."""
     gpus = gpus_of_replica(config.engine)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_replicas * gpus
+    environment = engine_environment(config.kv_cache_gib, use_gpu=use_gpu)
+    if not use_gpu:
+        environment["OMP_NUM_THREADS"] = str(config.num_cpus)
     with warnings.catch_warnings():
         # Ray 2.60 announces that `max_restarts` will have another place, and has none yet; without it, a row that
         # kills its engine would do so for ever.
@@ -156,10 +159,10 @@ def _answered(
             batch_size=1,
             batch_format="pyarrow",
             compute=_engine_pool(ray, config, use_gpu=use_gpu),
-            num_cpus=_ENGINE_CPUS,
+            num_cpus=config.num_cpus - _READ_CPUS,
             num_gpus=gpus if use_gpu else 0,
             max_restarts=_MAX_ENGINE_RESTARTS,
-            runtime_env={"env_vars": engine_environment(config.kv_cache_gib, use_gpu=use_gpu)},
+            runtime_env={"env_vars": environment},
         )
     context = dataset.context
     context.enable_progress_bars = False

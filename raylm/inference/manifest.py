@@ -21,6 +21,7 @@ _FREE = (
     "overwrite",
     "on_error",
     "num_replicas",
+    "num_cpus",
     "batch_size",
     "shard_rows",
     "cluster_address",
