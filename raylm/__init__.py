@@ -156,9 +156,10 @@ def session(address: str | None = None, num_cpus: int | None = None) -> "Abstrac
 
 
 def generate(config: "str | Path | Mapping[str, Any] | GenerateConfig", overrides: Overrides = ()) -> "GenerateResult":
-    """Answers prompts or a dataset with vLLM on Ray Data and writes them as JSONL, in the order of the input.
+    """Answers prompts or a dataset with vLLM on Ray Data and writes them as JSON Lines or Parquet (docs/generate.md).
 
-    config: a YAML file, a mapping or a GenerateConfig. Raises RaylmError.
+    config: a YAML file, a mapping or a GenerateConfig. The same call goes on where a killed one stopped. Rows that
+    cannot be answered are in the output with their reason, and counted in the result. Raises RaylmError.
     """
     from raylm.config import GenerateConfig, load_config
 

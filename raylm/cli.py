@@ -1,7 +1,7 @@
 """`raylm`: parse, load the configuration, call one function.
 
-Exit code 0: done; 2: a fault the user can mend, in one line; 1: a bug, with its traceback. With --json the result is
-one JSON object on stdout, and everything else goes to stderr.
+Exit code 0: done; 2: a fault the user can mend, in one line; 3: done, but for rows that could not be answered; 1: a
+bug, with its traceback. With --json the result is one JSON object on stdout, and everything else goes to stderr.
 """
 
 import argparse
@@ -29,14 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for noisy in ("ray", "httpx", "matplotlib", "transformers", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        options.run(options)
+        code: int = options.run(options) or 0
     except RaylmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--concurrency", default="1,16,64", metavar="N,…", help="requests at a time (default 1,16,64)")
     bench.add_argument("--max-tokens", type=int, default=128, metavar="N", help="length of an answer (default 128)")
     _overrides(bench)
-    generate = _command(commands, "generate", _generate, "answer prompts or a dataset into a JSONL file")
+    generate = _command(commands, "generate", _generate, "answer prompts or a dataset into JSONL or Parquet, resumable")
     generate.add_argument("model", help="hub id, folder, or GGUF file")
     generate.add_argument("--adapter", metavar="DIR", help="LoRA adapter to answer with")
     generate.add_argument("prompts", nargs="*", help="prompts; key=value sets an option", metavar="PROMPT|key=value")
@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(group: Any, name: str, run: Callable[[Any], None], summary: str) -> argparse.ArgumentParser:
+def _command(group: Any, name: str, run: Callable[[Any], int | None], summary: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = group.add_parser(name, help=summary, description=summary.capitalize() + ".")
     command.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
     command.set_defaults(run=run)
@@ -379,15 +379,21 @@ def _chat(options: Any) -> None:
         )
 
 
-def _generate(options: Any) -> None:
+def _generate(options: Any) -> int:
     settings = [item for item in options.prompts if _is_setting(item)]
     prompts = [item for item in options.prompts if not _is_setting(item)]
     given = {"prompts": prompts, "adapter": options.adapter}
     result = raylm.generate({"model": options.model, **{k: v for k, v in given.items() if v}}, settings)
+    failed = sum(result.failed.values())
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
-        print(f"{result.prompts} answers, {result.tokens} tokens: {result.output}")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result.failed.items())
+        rate = f" ({result.tokens_per_second:.0f} tokens/s)" if result.tokens_per_second else ""
+        print(f"{result.prompts - failed} answers, {result.tokens} tokens{rate}: {result.output}")
+        if failed:
+            print(f"{failed} rows failed, with their reasons in the output: {kinds}", file=sys.stderr)
+    return 3 if failed else 0
 
 
 def _is_setting(item: str) -> bool:

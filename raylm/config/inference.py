@@ -85,6 +85,8 @@ class GenerateConfig(Section):
     """Speculative decoding, as in serving. It helps where few prompts run at a time."""
     num_replicas: int = Field(1, ge=1)
     """Engines working beside each other."""
+    num_cpus: int = Field(1, ge=1)
+    """CPUs of one engine; without GPU also its compute threads."""
     batch_size: int = Field(64, ge=1)
     """Rows an engine receives, and the output grows by, at once; it always works on several of these batches."""
     shard_rows: int = Field(10_000, ge=1)

@@ -26,6 +26,9 @@ class PromptEncoder:
         `none` for plain text alone. Raises DataError and ModelError."""
         self._template = None if template == PLAIN else chat_template(template, tokenizer, name)
         self._bos = own_bos(tokenizer)
+        end = self._template.end_token() if self._template else None
+        self.stop_token_ids: list[int] = [tokenizer.convert_tokens_to_ids(end)] if end else []
+        """What ends an answer where the template ends it with a control token: an engine knows the model's own only."""
         self._encoder = Encoder(tokenizer)
         self._literals = Literals(control_tokens(tokenizer))
 

@@ -1,6 +1,6 @@
 """Where the answers of a run gather until they are all there, and what a run that was killed goes on from.
 
-Work lies in a folder of its own, `OUTPUT.raylm` beside a file or `OUTPUT/_raylm` in a folder: the manifest, the ledger
+Work lies in a folder of its own, `_OUTPUT.raylm` beside a file or `OUTPUT/_raylm` in a folder: the manifest, the ledger
 and shards of JSON Lines that grow in the order in which answers get ready. A file is put together from the shards in
 the order of the input; of a folder each shard becomes a file as soon as it is full. The price of the order is disk:
 while a file is put together, its answers are there twice.
@@ -12,6 +12,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -59,7 +60,7 @@ class Answers:
         self.kind = kind_of_output(output)
         self.path = Path(output).expanduser().absolute()
         self.is_folder = self.kind == "folder"
-        self.work = self.path / "_raylm" if self.is_folder else self.path.with_name(f"{self.path.name}.raylm")
+        self.work = self.path / "_raylm" if self.is_folder else self.path.with_name(f"_{self.path.name}.raylm")
         self._shard_kind, self._shard_rows = shard_kind, shard_rows
         self._manifest = manifest
         if not self.path.parent.is_dir():
@@ -91,7 +92,8 @@ class Answers:
             self.commit()
         finally:
             if self._file:
-                self._file.close()
+                with suppress(OSError):  # of what `commit` could not write, which the ledger does not name
+                    self._file.close()
             self._lock.close()
 
     @property
@@ -104,7 +106,13 @@ class Answers:
         return self.ledger.totals
 
     def add(self, batch: Batch) -> None:
-        """Takes a batch, and is done with it within two seconds. Raises ValueError for a row that is there already."""
+        """Takes a batch, and has it on the disk with the next batch that comes two seconds later.
+
+        A batch that is there already is not taken again: Ray may repeat a task. Raises ValueError for one that is
+        there in part.
+        """
+        if all(row in self.ledger.done[batch.file] for row in range(batch.start, batch.stop)):
+            return
         if self._file is None:
             self._next_shard()
         assert self._file is not None
@@ -122,7 +130,8 @@ class Answers:
             batch.tokens,
         )
         self.ledger.add(entry)
-        self._file.write(batch.lines)
+        with _said(self.work):
+            self._file.write(batch.lines)
         self._offset += len(batch.lines)
         if self.ledger.shard_rows[self._shard] >= self._shard_rows:
             self._close_shard()
@@ -135,10 +144,11 @@ class Answers:
 
     def commit(self) -> None:
         """Puts everything on the disk: first answers, then what the ledger says of them."""
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self.ledger.commit()
+        with _said(self.work):
+            if self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self.ledger.commit()
         self._committed = time.monotonic()
 
     def finish(self, files: Iterable[int]) -> None:
@@ -264,9 +274,10 @@ class Answers:
 
     def _close_shard(self) -> None:
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with _said(self.work):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         self._file = None
         self.ledger.close_shard(self._shard)
         self.commit()
@@ -300,6 +311,17 @@ class Answers:
         finally:
             for file in files.values():
                 file.close()
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """A full disk in one line. What the ledger names is on the disk all the same."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            str(path), f"cannot be written: {error.strerror}.", "Free disk space; the same command goes on."
+        ) from None
 
 
 def _whole(path: Path) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """vLLM's offline engine, in this process, and what each request asks of it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raylm.config import GenerateConfig
@@ -80,12 +80,12 @@ def load_engine(
     }
     try:
         return LLM(**settings)
-    except ValueError as error:
-        raise ModelError(folder, f"vLLM cannot load it: {str(error).splitlines()[0]}") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ModelError(folder, f"vLLM cannot load it: {_reason(error)}") from None
 
 
-def sampling_params(config: GenerateConfig, key: str | int = "") -> Any:
-    """What vLLM is asked for one answer; key: of the row, whose seed it decides.
+def sampling_params(config: GenerateConfig, key: str | int = "", stop_token_ids: Sequence[int] = ()) -> Any:
+    """What vLLM is asked for one answer; key: of the row, whose seed it decides; stop_token_ids: end it as well.
 
     The seed is a function of `config.seed` and the key alone, so a row draws the same whatever runs beside it.
     """
@@ -103,11 +103,19 @@ def sampling_params(config: GenerateConfig, key: str | int = "") -> Any:
         presence_penalty=config.presence_penalty,
         frequency_penalty=config.frequency_penalty,
         stop=list(config.stop) or None,
+        stop_token_ids=list(stop_token_ids) or None,
         logprobs=config.logprobs,
         seed=row_seed(config.seed, key) if config.temperature > 0 else None,
         structured_outputs=StructuredOutputsParams(**config.structured) if config.structured else None,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The line that says it: pydantic puts a heading before it, and the value behind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[1] if len(lines) > 1 and "validation error" in lines[0] else lines[0]
+    return line.removeprefix("Value error, ").partition(" [type=")[0]
 
 
 def row_seed(seed: int, key: str | int) -> int:

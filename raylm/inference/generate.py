@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +24,13 @@ from raylm.data.remote import scheme_of
 from raylm.data.sources import SourceFile, list_files
 from raylm.data.templates.table import AUTO, read_template
 from raylm.data.tokenizer import load_tokenizer
-from raylm.errors import ConfigError, DataError, ModelError, RaylmError
+from raylm.errors import ConfigError, DataError, ModelError
 from raylm.inference.answers import Answers, Batch
 from raylm.inference.engine import check_engine_keys, engine_environment, gpus_of_replica, speculation_options
 from raylm.inference.manifest import describe
 from raylm.inference.progress import Progress
 from raylm.inference.reading import batches_of, read_files
-from raylm.inference.worker import PROMPTS, AnswerStage, template_of
+from raylm.inference.worker import PROMPTS, AnswerStage, error_of_json, template_of
 from raylm.models.adapter_files import check_folder
 from raylm.models.drafts import portable
 from raylm.models.folder import as_folder
@@ -37,8 +38,8 @@ from raylm.ray_session import ray_session
 
 logger = logging.getLogger(__name__)
 
-_ENGINE_CPUS, _READ_CPUS = 0.75, 0.25
-"""Together one, so that a cluster of one CPU runs both."""
+_READ_CPUS = 0.25
+"""Taken from an engine's CPUs, so that a cluster with no more than those runs both."""
 _MAX_ENGINE_RESTARTS = 3
 _MAX_CALLS = 256
 _READERS, _MAX_READ_TASKS = 4, 256
@@ -53,7 +54,8 @@ class GenerateResult:
     """Where the answers lie (docs/generate.md) and their counts.
 
     prompts: rows, those included that a former start had done; tokens: of the answers; failed: kind of fault -> rows,
-    which lie in the output with their reason; resumed: rows of former starts.
+    which lie in the output with their reason; resumed: rows of former starts; tokens_per_second: of this start, behind
+    the first answers; None where those were all.
     """
 
     output: str
@@ -62,6 +64,7 @@ class GenerateResult:
     prompt_tokens: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     resumed: int = 0
+    tokens_per_second: float | None = None
 
 
 def run_generation(config: GenerateConfig) -> GenerateResult:
@@ -87,17 +90,17 @@ def run_generation(config: GenerateConfig) -> GenerateResult:
         shard_rows=config.shard_rows,
         overwrite=config.overwrite,
     ) as answers:
-        resumed = answers.totals.rows
+        resumed, rate = answers.totals.rows, None
         if not answers.is_finished and answers.ledger.unfinished(numbers):
             if resumed:
                 logger.info("%s: going on after %d rows", config.output, resumed)
-            _generate(config, folder, files, answers)
+            rate = _generate(config, folder, files, answers)
         answers.finish(numbers)
         totals = answers.totals
         if not config.data:
             answers.discard()
     failed = dict(totals.failed)
-    return GenerateResult(config.output, totals.rows, totals.tokens, totals.prompt_tokens, failed, resumed)
+    return GenerateResult(config.output, totals.rows, totals.tokens, totals.prompt_tokens, failed, resumed, rate)
 
 
 def _check_output_is_no_input(config: GenerateConfig, files: Sequence[SourceFile]) -> None:
@@ -105,6 +108,9 @@ def _check_output_is_no_input(config: GenerateConfig, files: Sequence[SourceFile
     for file in files:
         if not scheme_of(file.path) and (Path(file.path) == output or output in Path(file.path).parents):
             raise ConfigError("output", f"{config.output} is where {file.path} is read from.", "Choose another.")
+    for source in config.data:
+        if not scheme_of(source.path) and Path(source.path).expanduser().resolve() in output.parents:
+            raise ConfigError("output", f"{config.output} lies in {source.path}, which is read.", "Choose another.")
 
 
 def _check_templates(config: GenerateConfig, folder: str, files: Sequence[SourceFile]) -> None:
@@ -121,26 +127,27 @@ def _check_templates(config: GenerateConfig, folder: str, files: Sequence[Source
             read_template(name)
 
 
-def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], answers: Answers) -> None:
-    """Answers what is missing. Raises what the engines raise, and DataError for a fault with on_error=stop."""
+def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], answers: Answers) -> float | None:
+    """Answers what is missing, and returns tokens a second. Raises what stops the engines, and DataError for a fault
+    with on_error=stop."""
     ledger = answers.ledger
     progress = Progress(None, rows=ledger.totals.rows, tokens=ledger.totals.tokens)
     threading.Thread(target=_count, args=(config, files, progress), daemon=True).start()
-    cpus = max(os.cpu_count() or 1, config.num_replicas + 1)
+    cpus = max(os.cpu_count() or 1, config.num_replicas * config.num_cpus + 1)
     with ray_session(config.cluster_address, num_cpus=cpus) as ray:
-        try:
-            for found in _answered(ray, config, folder, files, answers):
-                if found["num_rows"] >= 0:
-                    answers.end_file(found["file"], found["num_rows"])
-                    continue
-                if found["fault"] and config.on_error == "stop":
-                    place, problem = json.loads(found["fault"])
-                    raise DataError(place, problem, "Mend the row, or set on_error=keep; the same command goes on.")
-                answers.add(_batch(found))
-                totals = ledger.totals
-                progress.update(totals.rows, totals.tokens, totals.failed.total())
-        except ray.exceptions.RayError as error:
-            raise _cause(error) from None
+        for found in _unless_engines_die(_answered(ray, config, folder, files, answers), ray, config.model):
+            if found["stopped"]:
+                raise error_of_json(found["stopped"])
+            if found["num_rows"] >= 0:
+                answers.end_file(found["file"], found["num_rows"])
+                continue
+            if found["fault"] and config.on_error == "stop":
+                place, problem = json.loads(found["fault"])
+                raise DataError(place, problem, "Mend the row, or set on_error=keep; the same command goes on.")
+            answers.add(_batch(found))
+            totals = ledger.totals
+            progress.update(totals.rows, totals.tokens, totals.failed.total())
+    return progress.tokens_per_second(ledger.totals.tokens)
 
 
 def _answered(
@@ -149,17 +156,24 @@ def _answered(
     """Rows of ANSWERED, in the order in which they get ready."""
     gpus = gpus_of_replica(config.engine)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_replicas * gpus
-    dataset = _asked(ray, config, files, answers).map_batches(
-        AnswerStage,
-        fn_constructor_kwargs={"config": config, "folder": folder, "files": list(files), "use_gpu": use_gpu},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=_engine_pool(ray, config, use_gpu=use_gpu),
-        num_cpus=_ENGINE_CPUS,
-        num_gpus=gpus if use_gpu else 0,
-        max_restarts=_MAX_ENGINE_RESTARTS,
-        runtime_env={"env_vars": engine_environment(config.kv_cache_gib, use_gpu=use_gpu)},
-    )
+    environment = engine_environment(config.kv_cache_gib, use_gpu=use_gpu)
+    if not use_gpu:
+        environment["OMP_NUM_THREADS"] = str(config.num_cpus)
+    with warnings.catch_warnings():
+        # Ray 2.60 announces that `max_restarts` will have another place, and has none yet; without it, a row that
+        # kills its engine would do so for ever.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        dataset = _asked(ray, config, files, answers).map_batches(
+            AnswerStage,
+            fn_constructor_kwargs={"config": config, "folder": folder, "files": list(files), "use_gpu": use_gpu},
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=_engine_pool(ray, config, use_gpu=use_gpu),
+            num_cpus=config.num_cpus - _READ_CPUS,
+            num_gpus=gpus if use_gpu else 0,
+            max_restarts=_MAX_ENGINE_RESTARTS,
+            runtime_env={"env_vars": environment},
+        )
     context = dataset.context
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # a batch is a block, and a task: what is ready is on its way at once
@@ -173,6 +187,19 @@ def _answered(
     finally:
         if hasattr(stream, "close"):
             stream.close()
+
+
+def _unless_engines_die(found: Iterator[dict[str, Any]], ray: Any, model: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from found
+    except ray.exceptions.ActorDiedError as error:
+        if error.actor_init_failed:
+            raise
+        raise ModelError(
+            model,
+            f"its engine died {1 + _MAX_ENGINE_RESTARTS} times.",
+            "Give it more memory, or a smaller engine.max_num_seqs; the same command goes on.",
+        ) from None
 
 
 def _engine_pool(ray: Any, config: GenerateConfig, *, use_gpu: bool) -> Any:
@@ -229,14 +256,6 @@ def _groups(numbers: Sequence[int]) -> list[list[int]]:
 def _batch(found: Mapping[str, Any]) -> Batch:
     names = ("file", "start", "stop", "lines", "answers", "prompt_tokens", "tokens")
     return Batch(**{name: found[name] for name in names}, failed=json.loads(found["failed"]))
-
-
-def _cause(error: Any) -> BaseException:
-    """Our own error where one is behind what Ray raises."""
-    cause = getattr(error, "cause", None)
-    while cause is not None and not isinstance(cause, RaylmError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return cause or error
 
 
 def _count(config: GenerateConfig, files: Sequence[SourceFile], progress: Progress) -> None:

@@ -30,6 +30,20 @@ class EngineLoop:
         return future
 
     @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return int(self._engine.vllm_config.model_config.max_model_len)
+
+    def check(self, params: Any) -> None:
+        """Raises ValueError for what vLLM would refuse of every prompt, such as a schema that it cannot read.
+
+        While nothing is asked.
+        """
+        prompt = {"prompt_token_ids": [0]}
+        tasks = self._engine.get_supported_tasks()
+        self._engine.input_processor.process_inputs("check", prompt, params, supported_tasks=tasks)
+
+    @property
     def lost_a_process(self) -> bool:
         """Whether the engine stopped because one of its worker processes died."""
         core = getattr(self._engine.engine_core, "engine_core", None)

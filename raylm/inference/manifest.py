@@ -4,11 +4,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import raylm
 from raylm.config import GenerateConfig
 from raylm.data.files import HUB_SCHEME, fingerprint
 from raylm.data.remote import scheme_of, shown
@@ -22,6 +21,7 @@ _FREE = (
     "overwrite",
     "on_error",
     "num_replicas",
+    "num_cpus",
     "batch_size",
     "shard_rows",
     "cluster_address",
@@ -41,7 +41,6 @@ class Manifest:
     model: str
     input: dict[str, Any]
     result: dict[str, Any] | None = None
-    version: str = field(default_factory=lambda: raylm.__version__)
 
     @property
     def is_of_prompts(self) -> bool:

@@ -22,7 +22,7 @@ class Progress:
         """num_rows: of the whole input, where it is known; rows, tokens: done by former starts."""
         self.num_rows = num_rows
         self._interval_s, self._clock = interval_s, clock
-        self._begun_rows = rows
+        self._begun_rows, self._begun_tokens = rows, tokens
         self._last: tuple[float, int, int] = (clock(), rows, tokens)
         self._first: float | None = None
 
@@ -35,7 +35,7 @@ class Progress:
         if self._first is None:
             self._first = now
             self._last = (now, rows, tokens)
-            self._begun_rows = rows
+            self._begun_rows, self._begun_tokens = rows, tokens
             return None
         then, rows_then, tokens_then = self._last
         elapsed = now - then
@@ -53,6 +53,12 @@ class Progress:
         line = ", ".join(parts)
         logger.info("%s", line)
         return line
+
+    def tokens_per_second(self, tokens: int) -> float | None:
+        """Of all that came behind the first answers; None where nothing did. tokens: done so far."""
+        if self._first is None or tokens == self._begun_tokens:
+            return None
+        return (tokens - self._begun_tokens) / max(1e-9, self._clock() - self._first)
 
 
 def duration(seconds: float) -> str:

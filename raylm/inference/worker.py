@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raylm import errors
 from raylm.config import GenerateConfig
 from raylm.data.prompt import PromptEncoder
 from raylm.data.readers import RawRow, place_in_file
@@ -22,7 +23,7 @@ from raylm.data.remote import shown
 from raylm.data.schema import Message, RowProblem
 from raylm.data.sources import SourceFile
 from raylm.data.tokenizer import load_tokenizer
-from raylm.errors import ConfigError, ModelError
+from raylm.errors import ConfigError, ModelError, RaylmError
 from raylm.inference.adapter import adapter_request, adapter_settings
 from raylm.inference.engine import load_engine, sampling_params, speculation_options
 from raylm.inference.loop import EngineLoop
@@ -48,39 +49,77 @@ class _Row:
 
 
 class AnswerStage:
-    """Loads the engine, then answers a batch a call."""
+    """Loads the engine and the tokenizer, then answers a batch a call, of several threads at once.
+
+    What the user can mend travels as data, in `stopped`: Ray keeps of an exception in a constructor only the text.
+    """
 
     def __init__(self, config: GenerateConfig, folder: str, files: Sequence[SourceFile], use_gpu: bool) -> None:
-        self._config, self._files = config, files
-        llm = load_engine(
-            folder,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            seed=config.seed,
-            use_gpu=use_gpu,
-            options={
-                **adapter_settings(config.adapter, folder),
-                **speculation_options(config, folder, use_gpu=use_gpu),
-                **config.engine,
-            },
-        )
-        engine = llm.llm_engine
-        self._max_model_len = int(engine.vllm_config.model_config.max_model_len)
-        _check_sampling(engine, config)
-        self._loop = EngineLoop(engine, adapter_request(config.adapter))
-        tokenizer = load_tokenizer(folder)
+        self._stopped = ""
+        try:
+            llm = load_engine(
+                folder,
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                seed=config.seed,
+                use_gpu=use_gpu,
+                options={
+                    **adapter_settings(config.adapter, folder),
+                    **speculation_options(config, folder, use_gpu=use_gpu),
+                    **config.engine,
+                },
+            )
+            self._answerer = Answerer(
+                EngineLoop(llm.llm_engine, adapter_request(config.adapter)), config, load_tokenizer(folder), files
+            )
+        except RaylmError as error:
+            self._stopped = error_to_json(error)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._answered(batch) for batch in table.to_pylist()], schema=ANSWERED)
+
+    def _answered(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not self._stopped:
+            try:
+                return self._answerer.answered(batch)
+            except RaylmError as error:
+                self._stopped = error_to_json(error)
+        nothing = {field.name: "" if pa.types.is_string(field.type) else 0 for field in ANSWERED}
+        return {**nothing, "lines": b"", "fault": "", "stopped": self._stopped}
+
+
+def error_to_json(error: RaylmError) -> str:
+    """What `error_of_json` makes the same error of."""
+    return json.dumps([type(error).__name__, error.where, error.problem, error.remedy])
+
+
+def error_of_json(text: str) -> RaylmError:
+    """The error that `error_to_json` was given."""
+    name, *parts = json.loads(text)
+    found: RaylmError = getattr(errors, name)(*parts)
+    return found
+
+
+class Answerer:
+    """Batches of rows into lines, with an engine that others may ask as well."""
+
+    def __init__(self, engine: EngineLoop, config: GenerateConfig, tokenizer: Any, files: Sequence[SourceFile]) -> None:
+        """Raises ConfigError for sampling that vLLM refuses, DataError and ModelError for templates."""
+        self._config, self._files, self._engine = config, files, engine
+        try:
+            engine.check(sampling_params(config))
+        except ValueError as error:
+            where = "structured" if config.structured else "sampling"
+            raise ConfigError(where, f"vLLM refuses it: {_first_line(error)}") from None
         self._decode = tokenizer.decode
-        names = {template_of(config, file) for file in [None, *files]}
+        names = {template_of(config, file) for file in [*([None] if config.prompts else []), *files]}
         self._encoders = {name: PromptEncoder(tokenizer, config.model, name) for name in names}
         self._readers = {number: reader_of(config, file) for number, file in enumerate(files)}
         self._readers[PROMPTS] = reader_of(config, None)
         self._encoding = threading.Lock()
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        batches = table.to_pylist()
-        return pa.Table.from_pylist([self._answered(batch) for batch in batches], schema=ANSWERED)
-
-    def _answered(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def answered(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A row of ANSWERED for a batch of `raylm.inference.reading`. Raises ModelError when the engine has stopped."""
         file, start = batch["file"], batch["start"]
         rows = [self._read(file, start + at, raw) for at, raw in enumerate(rows_of(batch))]
         waiting = [row for row in rows if row.error is None]
@@ -97,6 +136,7 @@ class AnswerStage:
             "num_rows": batch["num_rows"],
             "lines": "".join(f"{json.dumps(self._line(row), ensure_ascii=False)}\n" for row in rows).encode(),
             "failed": json.dumps(failed),
+            "stopped": "",
             "fault": json.dumps([fault.place, fault.error[1]]) if fault and fault.error else "",
             "answers": sum(len(output.outputs) for row in rows if not row.error for output in row.made),
             "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
@@ -145,10 +185,10 @@ class AnswerStage:
         except RowProblem as problem:
             row.error = "template", str(problem)
             return None
-        if len(ids) >= self._max_model_len:
+        if len(ids) >= self._engine.max_model_len:
             row.error = (
                 "too_long",
-                f"the prompt of {len(ids)} tokens leaves no room within max_model_len={self._max_model_len}.",
+                f"the prompt of {len(ids)} tokens leaves no room within max_model_len={self._engine.max_model_len}.",
             )
             return None
         if not ids:
@@ -156,7 +196,7 @@ class AnswerStage:
             return None
         # The first turn draws as the only one would.
         key = f"{row.key}#{len(row.made)}" if row.made else row.key
-        return self._loop.ask(ids, sampling_params(self._config, key))
+        return self._engine.ask(ids, sampling_params(self._config, key, encoder.stop_token_ids))
 
     def _take(self, row: _Row, future: "Future[Any] | None") -> bool:
         """Waits for an answer; True where the row asks for another one."""
@@ -165,14 +205,13 @@ class AnswerStage:
         try:
             output = future.result()
         except ValueError as error:  # vLLM's refusal of one request
-            row.error = "refused", f"vLLM refuses it: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            row.error = "refused", f"vLLM refuses it: {_first_line(error)}"
             return False
         except Exception as error:
-            _leave_where_broken(self._loop)
-            reason = next(iter(str(error).splitlines()), "")
+            _leave_where_broken(self._engine)
             raise ModelError(
                 self._config.model,
-                f"its engine has stopped: {type(error).__name__}: {reason}",
+                f"its engine has stopped: {type(error).__name__}: {_first_line(error)}",
                 "The same command goes on with what is left.",
             ) from None
         row.made.append(output)
@@ -243,12 +282,14 @@ ANSWERED = pa.schema(
         ("lines", pa.large_binary()),
         ("failed", pa.string()),
         ("fault", pa.large_string()),
+        ("stopped", pa.string()),
         ("answers", pa.int64()),
         ("prompt_tokens", pa.int64()),
         ("tokens", pa.int64()),
     ]
 )
-"""failed: JSON, kind -> rows; fault: JSON of place and problem of the first row that failed, or empty."""
+"""failed: JSON, kind -> rows; fault: JSON of place and problem of the first row that failed, or
+empty; stopped: why the engine answers nothing more, or empty."""
 
 
 def template_of(config: GenerateConfig, file: SourceFile | None) -> str:
@@ -268,18 +309,8 @@ def reader_of(config: GenerateConfig, file: SourceFile | None) -> QuestionReader
     )
 
 
-def _check_sampling(engine: Any, config: GenerateConfig) -> None:
-    """Raises ConfigError for what vLLM would refuse of every row, such as a schema it cannot read."""
-    try:
-        engine.input_processor.process_inputs(
-            "check",
-            {"prompt_token_ids": [0]},
-            sampling_params(config),
-            supported_tasks=engine.get_supported_tasks(),
-        )
-    except ValueError as error:
-        where = "structured" if config.structured else "sampling"
-        raise ConfigError(where, f"vLLM refuses it: {next(iter(str(error).splitlines()), '')}") from None
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _leave_where_broken(loop: EngineLoop) -> None:

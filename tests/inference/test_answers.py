@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,6 +74,8 @@ def test_no_row_is_lost_or_twice_whenever_runs_are_killed(data: st.DataObject, t
         found = list(missing(answers, sizes, data.draw(st.integers(1, 9), label="batch size")))
         for one in data.draw(st.permutations(found))[: data.draw(st.integers(0, len(found)))]:
             answers.add(one)
+            if data.draw(st.booleans(), label="repeated"):
+                answers.add(one)
             if data.draw(st.booleans(), label="commit"):
                 answers.commit()
         killed(answers, data.draw(st.sampled_from([b"", b'{"file": 0, "sta', b"{"]), label="torn"))
@@ -87,7 +91,7 @@ def test_no_row_is_lost_or_twice_whenever_runs_are_killed(data: st.DataObject, t
         assert sorted(path.name for path in (folder / "out").iterdir()) == ["_raylm", *(part.name for part in parts)]
     else:
         assert (folder / "out.jsonl").read_bytes() == b"".join(expected)
-        assert sorted(path.name for path in folder.iterdir()) == ["out.jsonl", "out.jsonl.raylm"]
+        assert sorted(path.name for path in folder.iterdir()) == ["_out.jsonl.raylm", "out.jsonl"]
     shutil.rmtree(folder)
 
 
@@ -169,7 +173,7 @@ def test_damage_is_said_and_never_part_of_the_output(tmp_path: Path) -> None:
     with Answers(str(output), MANIFEST) as answers:
         for one in missing(answers, [5, 3], 2):
             answers.add(one)
-    shard = tmp_path / "out.jsonl.raylm" / "shards" / "00000.jsonl"
+    shard = tmp_path / "_out.jsonl.raylm" / "shards" / "00000.jsonl"
     good = shard.read_bytes()
     shard.write_bytes(good[:7] + b"X" + good[8:])
     with Answers(str(output), MANIFEST) as answers, pytest.raises(RunDirError, match="is damaged"):
@@ -246,3 +250,35 @@ def test_parquet_holds_the_same_and_is_read_back_as_conversations(tmp_path: Path
     assert json.loads(second["messages"][0]["tool_calls"][0]["function"]["arguments"]) == {"a": 1}
     write_answers(tmp_path / "a.jsonl.gz", "jsonl.gz", lines)
     assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == b"".join(lines)
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_written(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE in a process of its own stands for a full disk: writes fail in the middle of a batch."""
+    program = """
+import resource, signal, sys
+from tests.inference.test_answers import MANIFEST, batch
+from raylm.errors import DataError
+from raylm.inference.answers import Answers
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    with Answers(sys.argv[1], MANIFEST) as answers:
+        answers.add(batch(0, 0, 10))
+        answers.commit()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        for start in range(10, 1000, 10):
+            answers.add(batch(0, start, start + 10))
+            answers.commit()
+except DataError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "out.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
+    assert "cannot be written: File too large. Free disk space" in done.stdout, done.stderr
+    with Answers(str(tmp_path / "out.jsonl"), MANIFEST) as answers:
+        rows = answers.totals.rows
+        assert rows >= 10
+        assert list(answers.ledger.done[0]) == [(0, rows)]
+        for one in missing(answers, [1000], 100):
+            answers.add(one)
+        answers.finish([0])
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(line(0, row) for row in range(1000))

@@ -112,6 +112,8 @@ def test_plain_text_is_gone_on_with_as_it_stands(tokenizer: Any, tiny_model_dir:
     plain = PromptEncoder(loaded, "tiny", "none")
     assert plain.text_ids("hello <|im_end|>") == loaded("hello ")["input_ids"] + plain.text_ids("<|im_end|>")
     assert loaded.convert_tokens_to_ids("<|im_end|>") not in plain.text_ids("hello <|im_end|>")
+    assert plain.stop_token_ids == []
+    assert PromptEncoder(loaded, "tiny", "chatml").stop_token_ids == [loaded.convert_tokens_to_ids("<|im_end|>")]
     messages = [turn("user", "hello"), turn("assistant", "yes"), turn("user", "who are you?")]
     for name in ("auto", "chatml"):
         segments = chat_template(name, loaded, "tiny").render({"messages": [*messages, turn("assistant", "X")]})
