@@ -14,7 +14,12 @@ PAGE_NAME = "raylm-chat"
 ROUTE_PREFIX = "/chat"
 # A tab holds a connection for as long as it is open.
 MAX_ONGOING_REQUESTS = 100_000
-_ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+_ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",  # statistics that nobody reads, by pandas after every event
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 def check_gradio() -> None:
