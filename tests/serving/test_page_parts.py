@@ -214,7 +214,7 @@ def test_every_script_of_the_page_has_the_nonce_of_its_policy() -> None:
     policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
     nonce = policy["script-src"].split("'nonce-")[1].split("'")[0]
     assert page.count("<script") == page.count(f'<script nonce="{nonce}"') == 3
-    assert f'<script nonce="{nonce}">own()</script></head>' in page
+    assert f'<link rel="icon" href="./favicon.ico"><script nonce="{nonce}">own()</script></head>' in page
     assert "manifest" not in page
     assert policy["default-src"] == "'none'"
     assert policy["img-src"] == "'self' data: blob:"

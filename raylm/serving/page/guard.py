@@ -26,6 +26,7 @@ _ROUTES = re.compile(
 )
 _SCRIPT = re.compile(rb"<script\b")
 _HEAD_END = b"</head>"
+_ICON = b'<link rel="icon" href="./favicon.ico">'  # else browsers ask the API for one
 _MANIFEST = re.compile(rb"<link rel=\"manifest\"[^>]*>")  # Gradio's lies at the root of the site, which is the API's
 
 
@@ -91,7 +92,7 @@ class PageGuard:
 
         await self._app({**scope, "headers": kept}, receive, collect)
         nonce = secrets.token_urlsafe(16)
-        own = b"<script>" + self._script + b"</script>" + _HEAD_END
+        own = _ICON + b"<script>" + self._script + b"</script>" + _HEAD_END
         body = _MANIFEST.sub(b"", body).replace(_HEAD_END, own, 1)
         body = _SCRIPT.sub(b'<script nonce="' + nonce.encode() + b'"', body)
         policy = (b"content-security-policy", content_policy(nonce).encode())

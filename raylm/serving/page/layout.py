@@ -154,22 +154,22 @@ def build_blocks(client: ServerClient, title: str) -> Any:
         ]
         for answer in answers:
             # It follows a stopped answer as well.
-            answer.then(None, [chatbot], [*listed, text], js=_js("[...raylmChat.save(m), raylmChat.idle()]", "m"))
+            answer.then(None, [chatbot], [*listed, text], **_js("[...raylmChat.save(m), raylmChat.idle()]", "m"))
         text.stop(None, cancels=answers)
         chatbot.undo(chat.undo, [chatbot], shown, **private).then(
-            None, [chatbot], listed, js=_js("raylmChat.save(m)", "m")
+            None, [chatbot], listed, **_js("raylmChat.save(m)", "m")
         )
         cleared = [*listed, chatbot, notice]
-        chatbot.clear(None, None, cleared, js=_js("raylmChat.remove()"), cancels=answers)
-        fresh.click(None, [chatbot], cleared, js=_js("raylmChat.fresh(m)", "m"), cancels=answers)
-        remove_all.click(None, None, cleared, js=_js("raylmChat.removeAll()"), cancels=answers)
+        chatbot.clear(None, None, cleared, **_js("raylmChat.remove()"), cancels=answers)
+        fresh.click(None, [chatbot], cleared, **_js("raylmChat.fresh(m)", "m"), cancels=answers)
+        remove_all.click(None, None, cleared, **_js("raylmChat.removeAll()"), cancels=answers)
         opened = [conversations, chatbot]
-        conversations.input(None, opened, [chatbot, notice], js=_js("raylmChat.open(id, m)", "id, m"), cancels=answers)
-        dark.click(None, js=_js("raylmChat.toggleTheme()"))
-        gear.click(None, js=_js("raylmChat.toggleSettings()"))
+        conversations.input(None, opened, [chatbot, notice], **_js("raylmChat.open(id, m)", "id, m"), cancels=answers)
+        dark.click(None, **_js("raylmChat.toggleTheme()"))
+        gear.click(None, **_js("raylmChat.toggleSettings()"))
         found = [model, key, sidebar, notice]
         blocks.load(chat.connect, [key, model], found, api_name="models", **raw)
-        blocks.load(None, None, listed, js=_js("raylmChat.start()"))
+        blocks.load(None, None, listed, **_js("raylmChat.start()"))
         gr.on([refresh.click, key.submit, key.blur], chat.connect, [key, model], found, **private)
         blocks.unload(chat.leave)
     chat.blocks = blocks
@@ -179,8 +179,9 @@ def build_blocks(client: ServerClient, title: str) -> Any:
     return blocks
 
 
-def _js(expression: str, parameters: str = "") -> str:
-    return f"({parameters}) => {expression}"
+def _js(expression: str, parameters: str = "") -> dict[str, Any]:
+    """What makes an event run in the browser alone."""
+    return {"js": f"({parameters}) => {expression}", "show_progress": "hidden", "api_visibility": "private"}
 
 
 class Chat:
