@@ -6,6 +6,7 @@ One server with a key for the whole module, in a process of its own; the page be
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,13 +26,28 @@ from raylm.config.serving import ChatPageArgs, ServeConfig
 from raylm.serving.chat_page import PAGE_NAME, ROUTE_PREFIX, build_page_app
 from raylm.serving.proxy import front_door
 from tests.serving.browser import Page, browser_page, find_browser
-from tests.serving.test_endpoint import PROGRAM, free_port
 from tests.tiny import build_tiny_model
 
 KEY = "page-s3cret-" + "k" * 24
 SECRET = "a sentence that is only said here"
-# As many as the model can: thousands, seconds of work.
-LONG = {"max_tokens": "4000"}
+# Nearly as many as the model can: seconds of work.
+LONG = {"max_tokens": "1800"}
+PROGRAM = """
+import logging, sys
+from raylm.config import ServeConfig, load_config
+from raylm.serving import serve
+
+logging.basicConfig(level=logging.INFO)
+with serve(load_config(ServeConfig, {}, sys.argv[1:])) as server:
+    print(server.url, server.chat_page, flush=True)
+    server.wait()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -71,7 +87,7 @@ class Running:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("page")
-    model = build_tiny_model(folder / "tiny-llama", hidden_size=128, max_position_embeddings=8192)
+    model = build_tiny_model(folder / "tiny-llama", hidden_size=128, max_position_embeddings=2048)
     (folder / "key").write_text(KEY + "\n")
     options = [f"model={model}", f"port={free_port()}", f"api_key_file={folder / 'key'}", "proxy=haproxy"]
     options += ["kv_cache_gib=0.1", "chat_page=true"]
@@ -84,7 +100,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             assert process.stdout is not None
             line = process.stdout.readline().split()
             assert line, (folder / "log").read_text()
-            yield Running(process, url=line[1], ray_dir=Path(ray_dir), log=folder / "log")
+            assert line[1] == line[0] + "/chat"
+            yield Running(process, url=line[0], ray_dir=Path(ray_dir), log=folder / "log")
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
@@ -351,7 +368,7 @@ def test_in_a_browser(server: Running, browser: Page, tmp_path: Path) -> None:
     browser.screenshot(shots / "answer.png")
 
     browser.run("document.querySelector('#max-tokens input, #max-tokens textarea').select()")
-    browser.type("#max-tokens input, #max-tokens textarea", "4000")
+    browser.type("#max-tokens input, #max-tokens textarea", LONG["max_tokens"])
     browser.type(field, "more", enter=True)
     browser.wait("!!document.querySelector('#message .stop-button')")
     server.wait_for(busy=True)
