@@ -4,7 +4,9 @@ The page talks to the API over HTTP with the key its user typed in, so it opens 
 """
 
 import importlib.util
-from contextlib import AsyncExitStack, asynccontextmanager
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 from raylm.config.serving import ChatPageArgs
@@ -14,7 +16,14 @@ PAGE_NAME = "raylm-chat"
 ROUTE_PREFIX = "/chat"
 # A tab holds a connection for as long as it is open.
 MAX_ONGOING_REQUESTS = 100_000
-_ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+_POLL_S = 0.25
+_TIMEOUT_S = 5.0
+_ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000000",  # statistics that nobody reads, by pandas after every event
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 def check_gradio() -> None:
@@ -46,6 +55,70 @@ def build_page_app(args: ChatPageArgs) -> Any:
         logging_config={"enable_access_log": False},
     )
     return deployment.bind(args)
+
+
+class PageStart:
+    """A chat page that Serve was asked to start, or none. url: of the server it stands beside."""
+
+    def __init__(self, url: str | None) -> None:
+        self._url = url
+
+    def wait_until_ready(self, timeout_s: float) -> str | None:
+        """Its address, once it answers; None where there is no page.
+
+        Raises ServingError when Serve gives up on it, or after `timeout_s`.
+        """
+        if self._url is None:
+            return None
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            page = _application()
+            if page is not None and page.status == "DEPLOY_FAILED":
+                parts = [page.message, *(deployment.message for deployment in page.deployments.values())]
+                lines = [line.strip() for line in "\n".join(parts).splitlines() if line.strip()]
+                raise ServingError("chat_page", f"did not start: {lines[-1] if lines else 'no reason is given.'}")
+            if page is not None and page.status == "RUNNING" and _answers(f"{self._url}{ROUTE_PREFIX}/"):
+                return f"{self._url}{ROUTE_PREFIX}"
+            time.sleep(_POLL_S)
+        raise ServingError("chat_page", f"did not answer within {timeout_s:g} s.")
+
+
+@contextmanager
+def chat_page_beside(url: str, *, wanted: bool = True) -> Iterator[PageStart]:
+    """Starts the page beside a server, without waiting for it, and deletes it at the end of the block.
+
+    url: the server's, on loopback. Raises ServingError when Serve runs a page already.
+    """
+    from ray import serve
+
+    if not wanted:
+        yield PageStart(None)
+        return
+    if _application() is not None:
+        problem = f"runs an application {PAGE_NAME!r} already."
+        raise ServingError("cluster", problem, f"Delete it first: serve.delete({PAGE_NAME!r})")
+    target = serve.RunTarget(build_page_app(ChatPageArgs(base_url=url)), name=PAGE_NAME, route_prefix=ROUTE_PREFIX)
+    try:
+        serve.run_many([target], wait_for_applications_running=False)
+        yield PageStart(url)
+    finally:
+        serve.delete(PAGE_NAME)
+
+
+def _application() -> Any:
+    """Serve's view of the page, or None when there is none."""
+    from ray import serve
+
+    return serve.status().applications.get(PAGE_NAME)
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(url, trust_env=False, verify=False, timeout=_TIMEOUT_S).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 class ChatPage:

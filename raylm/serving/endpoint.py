@@ -11,20 +11,20 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from raylm.config.serving import ChatPageArgs, ServeConfig
+from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
 from raylm.serving.adapters import resolve_adapters
 from raylm.serving.api_key import read_api_keys
 from raylm.serving.app import build_app
-from raylm.serving.chat_page import PAGE_NAME, ROUTE_PREFIX, build_page_app, check_gradio
+from raylm.serving.chat_page import chat_page_beside, check_gradio
 from raylm.serving.checks import check_model, check_port, check_tls
 from raylm.serving.engine_args import adapter_model, check_engine_keys, check_speculation, model_name
 from raylm.serving.processes import no_process_left
-from raylm.serving.proxy import LOOPBACK, FrontDoor, front_door
+from raylm.serving.proxy import LOOPBACK, front_door
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +75,13 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
     ):
         app = build_app(config)
         num_nodes = sum(node["Alive"] for node in ray.nodes())
-        with front_door(config, num_nodes=num_nodes) as door, _deployed(app, _page(config, door)), descendants.noted():
-            url = _url(door)
-            chat_page = url + ROUTE_PREFIX if config.chat_page else None
-            endpoint = Endpoint(url, model_name(config), door.proxy, chat_page, adapter_model(config))
+        with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
+            url = f"{'https' if door.has_tls else 'http'}://{_client_host(door.host)}:{door.port}"
+            endpoint = Endpoint(url, model_name(config), door.proxy, adapter=adapter_model(config))
             logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
-            _wait_until_ready(endpoint, config)
-            yield endpoint
+            with chat_page_beside(endpoint.url, wanted=config.chat_page) as page:
+                _wait_until_ready(endpoint, config)
+                yield replace(endpoint, chat_page=page.wait_until_ready(config.start_timeout_s))
 
 
 def _check(config: ServeConfig) -> None:
@@ -103,34 +103,21 @@ def _check(config: ServeConfig) -> None:
         check_port(config.host, config.port)  # on a cluster, it may be the Serve there that listens on it
 
 
-def _url(door: FrontDoor) -> str:
-    return f"{'https' if door.has_tls else 'http'}://{_client_host(door.host)}:{door.port}"
-
-
-def _page(config: ServeConfig, door: FrontDoor) -> Any:
-    """The chat page's application, or None."""
-    return build_page_app(ChatPageArgs(base_url=_url(door))) if config.chat_page else None
-
-
 @contextmanager
-def _deployed(app: Any, page: Any) -> Iterator[None]:
-    """The applications, deleted at the end. page: that of the chat page, or None."""
+def _deployed(app: Any) -> Iterator[None]:
+    """The application, deleted at the end."""
     from ray import serve
 
     if _application() is not None:
         raise ServingError(
             "cluster", f"runs an application {APP_NAME!r} already.", f"Delete it first: serve.delete({APP_NAME!r})"
         )
-    targets = [serve.RunTarget(app, name=APP_NAME, route_prefix="/")]
-    if page is not None:
-        targets.append(serve.RunTarget(page, name=PAGE_NAME, route_prefix=ROUTE_PREFIX))
     try:
-        serve.run_many(targets, wait_for_applications_running=False)
+        serve.run_many([serve.RunTarget(app, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
         yield
     finally:
         logger.info("stopping the server")
-        for target in reversed(targets):
-            serve.delete(target.name)
+        serve.delete(APP_NAME)
 
 
 def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
@@ -146,7 +133,7 @@ def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
             message = _message(application)
             if application.status == "DEPLOY_FAILED":
                 raise ServingError(config.model, engine_reason(message))
-            if application.status == "RUNNING" and is_ready(endpoint.url) and _page_is_ready(endpoint):
+            if application.status == "RUNNING" and is_ready(endpoint.url):
                 seconds = time.monotonic() - started
                 logger.info(
                     "%s answers at %s/v1 after %.0f s (%s)", endpoint.model, endpoint.url, seconds, endpoint.proxy
@@ -154,17 +141,6 @@ def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
                 return
         time.sleep(_POLL_S)
     raise ServingError(config.model, f"did not answer within {config.start_timeout_s:g} s. {message}".strip())
-
-
-def _page_is_ready(endpoint: Endpoint) -> bool:
-    """True when there is no chat page, or it answers. Raises ServingError when Serve gave up on it."""
-    if endpoint.chat_page is None:
-        return True
-    page = _application(PAGE_NAME)
-    if page is not None and page.status == "DEPLOY_FAILED":
-        lines = [line.strip() for line in _message(page).splitlines() if line.strip()]
-        raise ServingError("chat_page", f"did not start: {lines[-1] if lines else 'no reason given.'}")
-    return page is not None and page.status == "RUNNING" and is_ready(endpoint.chat_page, "/")
 
 
 def engine_reason(message: str) -> str:
@@ -176,8 +152,8 @@ def engine_reason(message: str) -> str:
     return lines[-1] if lines else "the deployment failed."
 
 
-def is_ready(url: str, path: str = "/health") -> bool:
-    """True when the server's health route, or `path`, answers 200. url: `http://HOST:PORT`, or https; nothing secret
+def is_ready(url: str) -> bool:
+    """True when the server's health route answers 200. url: `http://HOST:PORT`, or https; nothing secret
     is sent, so any certificate will do."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -186,17 +162,17 @@ def is_ready(url: str, path: str = "/health") -> bool:
         urllib.request.HTTPSHandler(context=context),
     )
     try:
-        with opener.open(f"{url}{path}", timeout=_WATCH_S) as response:
+        with opener.open(f"{url}/health", timeout=_WATCH_S) as response:
             return response.status == 200
     except (OSError, http.client.HTTPException):
         return False
 
 
-def _application(name: str = APP_NAME) -> Any:
+def _application() -> Any:
     """Serve's view of our application, or None when there is none."""
     from ray import serve
 
-    return serve.status().applications.get(name)
+    return serve.status().applications.get(APP_NAME)
 
 
 def _message(application: Any) -> str:

@@ -7,7 +7,7 @@ any other client's.
 import json
 import math
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +66,7 @@ class ServerClient:
 
     async def answer(
         self, messages: Sequence[Mapping[str, str]], *, model: str, key: str, options: Mapping[str, Any]
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """The pieces of a streamed answer. Closing the iterator closes the connection, and the server aborts.
 
         options: further fields of the request, such as `temperature`. Raises RequestFailed.
@@ -138,5 +138,6 @@ def _delta(chunk: Mapping[str, Any]) -> Delta:
         code = chunk["error"].get("code") if isinstance(chunk["error"], Mapping) else None
         status = code if isinstance(code, int) else 500
         raise RequestFailed(explain(status, json.dumps(chunk), {}), status)
-    delta = next(iter(chunk.get("choices", [])), {}).get("delta", {})
+    choices: list[dict[str, Any]] = chunk.get("choices") or [{}]  # a chunk that only counts tokens has none
+    delta = choices[0].get("delta") or {}
     return Delta(delta.get("content") or "", delta.get("reasoning") or delta.get("reasoning_content") or "")

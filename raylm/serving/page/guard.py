@@ -5,6 +5,7 @@ there. The policy lets the browser load nothing from anywhere else and run no sc
 that smuggles in a script or a picture of another server has no effect.
 """
 
+import json
 import re
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -25,6 +26,7 @@ _ROUTES = re.compile(
 )
 _SCRIPT = re.compile(rb"<script\b")
 _HEAD_END = b"</head>"
+_ICON = b'<link rel="icon" href="./favicon.ico">'  # else browsers ask the API for one
 _MANIFEST = re.compile(rb"<link rel=\"manifest\"[^>]*>")  # Gradio's lies at the root of the site, which is the API's
 
 
@@ -67,6 +69,12 @@ class PageGuard:
             await _answer(send, 413, b"The conversation is too long.")
         elif path == "/" and scope["method"] == "GET":
             await self._page(scope, receive, send)
+        elif path == f"{_API}/queue/join":
+            body = await _whole(receive)
+            if body is None or _names_a_file(body):
+                await _answer(send, 400, b"This is no event of the chat page.")
+            else:
+                await self._app(scope, _replayed(body, receive), _without_cors(send))
         else:
             await self._app(scope, _limited(receive), _without_cors(send))
 
@@ -84,7 +92,7 @@ class PageGuard:
 
         await self._app({**scope, "headers": kept}, receive, collect)
         nonce = secrets.token_urlsafe(16)
-        own = b"<script>" + self._script + b"</script>" + _HEAD_END
+        own = _ICON + b"<script>" + self._script + b"</script>" + _HEAD_END
         body = _MANIFEST.sub(b"", body).replace(_HEAD_END, own, 1)
         body = _SCRIPT.sub(b'<script nonce="' + nonce.encode() + b'"', body)
         policy = (b"content-security-policy", content_policy(nonce).encode())
@@ -129,6 +137,47 @@ def _limited(receive: Receive) -> Receive:
         return {"type": "http.disconnect"} if taken > MAX_BODY_BYTES else message
 
     return wrapped
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """The body of a request; None when it is too long or breaks off."""
+    parts, limited, more = [], _limited(receive), True
+    while more:
+        message = await limited()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A body that was read already, then what comes after it."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def wrapped() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return wrapped
+
+
+def _names_a_file(body: bytes) -> bool:
+    """True for an event with a file in its values, which Gradio would fetch or copy before any code of ours; the page
+    has none. True as well for what is no event at all."""
+    try:
+        event = json.loads(body)
+    except (ValueError, RecursionError):
+        return True
+    pending: list[Any] = [event.get("data")] if isinstance(event, dict) else [{"meta": 0}]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if "meta" in value or "path" in value:
+                return True
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
+    return False
 
 
 def _without_cors(send: Send) -> Send:

@@ -27,9 +27,10 @@ from raylm.serving.page.messages import (
 )
 
 _HERE = Path(__file__).parent
+_FORGET_S = 2.0
 _UPDATE_S = 0.05  # a page redrawn more often is no smoother, and costs the browser
-_BUTTONS = {"submit_btn": True, "stop_btn": False}
-_BUSY = {"submit_btn": False, "stop_btn": True}
+_BUTTONS: dict[str, Any] = {"submit_btn": True, "stop_btn": False}
+_BUSY: dict[str, Any] = {"submit_btn": False, "stop_btn": True}
 # Shown as text in answers: what loads something, asks for something, or covers the page; and marks of reasoning.
 _TAGS_AS_TEXT = [
     *("script", "style", "link", "meta", "base", "iframe", "frame", "frameset", "object", "embed", "portal"),
@@ -73,7 +74,7 @@ def mount(app: Any, client: ServerClient, title: str) -> None:
 
 def theme() -> Any:
     """Gradio's own look with the system's fonts: none is fetched."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gr.themes.Default(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **fonts)
 
 
@@ -146,38 +147,41 @@ def build_blocks(client: ServerClient, title: str) -> Any:
         private: dict[str, Any] = {**raw, "api_visibility": "private"}
         shown = [text, chatbot, notice]
         listed = [conversations, remove_all]
-        answers = [
+        answers: list[Any] = [
             text.submit(chat.send, [text, chatbot, *settings], shown, api_name="chat", concurrency_limit=None, **raw),
             chatbot.retry(chat.retry, [chatbot, *settings], shown, concurrency_limit=None, **private),
             chatbot.edit(chat.edit, [chatbot, *settings], shown, concurrency_limit=None, **private),
         ]
         for answer in answers:
             # It follows a stopped answer as well.
-            answer.then(None, [chatbot], [*listed, text], js=_js("[...raylmChat.save(m), raylmChat.idle()]", "m"))
+            answer.then(None, [chatbot], [*listed, text], **_js("[...raylmChat.save(m), raylmChat.idle()]", "m"))
         text.stop(None, cancels=answers)
         chatbot.undo(chat.undo, [chatbot], shown, **private).then(
-            None, [chatbot], listed, js=_js("raylmChat.save(m)", "m")
+            None, [chatbot], listed, **_js("raylmChat.save(m)", "m")
         )
         cleared = [*listed, chatbot, notice]
-        chatbot.clear(None, None, cleared, js=_js("raylmChat.remove()"), cancels=answers)
-        fresh.click(None, [chatbot], cleared, js=_js("raylmChat.fresh(m)", "m"), cancels=answers)
-        remove_all.click(None, None, cleared, js=_js("raylmChat.removeAll()"), cancels=answers)
+        chatbot.clear(None, None, cleared, **_js("raylmChat.remove()"), cancels=answers)
+        fresh.click(None, [chatbot], cleared, **_js("raylmChat.fresh(m)", "m"), cancels=answers)
+        remove_all.click(None, None, cleared, **_js("raylmChat.removeAll()"), cancels=answers)
         opened = [conversations, chatbot]
-        conversations.input(None, opened, [chatbot, notice], js=_js("raylmChat.open(id, m)", "id, m"), cancels=answers)
-        dark.click(None, js=_js("raylmChat.toggleTheme()"))
-        gear.click(None, js=_js("raylmChat.toggleSettings()"))
+        conversations.input(None, opened, [chatbot, notice], **_js("raylmChat.open(id, m)", "id, m"), cancels=answers)
+        dark.click(None, **_js("raylmChat.toggleTheme()"))
+        gear.click(None, **_js("raylmChat.toggleSettings()"))
         found = [model, key, sidebar, notice]
         blocks.load(chat.connect, [key, model], found, api_name="models", **raw)
-        blocks.load(None, None, listed, js=_js("raylmChat.start()"))
+        blocks.load(None, None, listed, **_js("raylmChat.start()"))
         gr.on([refresh.click, key.submit, key.blur], chat.connect, [key, model], found, **private)
         blocks.unload(chat.leave)
+    chat.blocks = blocks
+    blocks.state_session_capacity = 200
     blocks.max_threads = 1000  # answers at a time; they are coroutines
     blocks.queue(api_open=False, max_size=1000, default_concurrency_limit=None)
     return blocks
 
 
-def _js(expression: str, parameters: str = "") -> str:
-    return f"({parameters}) => {expression}"
+def _js(expression: str, parameters: str = "") -> dict[str, Any]:
+    """What makes an event run in the browser alone."""
+    return {"js": f"({parameters}) => {expression}", "show_progress": "hidden", "api_visibility": "private"}
 
 
 class Chat:
@@ -185,10 +189,12 @@ class Chat:
 
     def __init__(self, client: ServerClient) -> None:
         self._client = client
+        self.blocks: Any = None
         self._running: dict[str, set[asyncio.Task[Any]]] = {}
 
-    async def connect(self, key: Any, model: Any) -> list[Any]:
+    async def connect(self, key: Any, model: Any, request: gr.Request) -> list[Any]:
         """The model list, the key field where the server asks for a key, and why there is no list."""
+        self._forget_soon(request)
         try:
             names = await self._client.models(_text(key))
         except RequestFailed as failure:
@@ -201,6 +207,7 @@ class Chat:
 
     async def send(self, text: Any, messages: Any, request: gr.Request, *settings: Any) -> AsyncIterator[list[Any]]:
         """Answers `text`; where that fails, the text goes back into its field."""
+        self._forget_soon(request)
         before = read_messages(messages)
         asked = [*before, message("user", _text(text))]
         if not _text(text).strip():
@@ -213,6 +220,7 @@ class Chat:
         self, messages: Any, data: gr.RetryData, request: gr.Request, *settings: Any
     ) -> AsyncIterator[list[Any]]:
         """Another answer to the message of the user at, or before, the one that was clicked."""
+        self._forget_soon(request)
         before = read_messages(messages)
         index = last_user_turn(before, _index(data))
         if index is not None:
@@ -223,6 +231,7 @@ class Chat:
         self, messages: Any, data: gr.EditData, request: gr.Request, *settings: Any
     ) -> AsyncIterator[list[Any]]:
         """The message of the user with another text, and a new answer; what followed is dropped."""
+        self._forget_soon(request)
         before = read_messages(messages)
         index = last_user_turn(before, _index(data))
         if index is not None:
@@ -230,8 +239,9 @@ class Chat:
             async for step in self._answer(asked, settings, request, before=before):
                 yield step
 
-    async def undo(self, messages: Any, data: gr.UndoData) -> list[Any]:
+    async def undo(self, messages: Any, data: gr.UndoData, request: gr.Request) -> list[Any]:
         """Takes the last turn back; its text goes into the field again."""
+        self._forget_soon(request)
         before = read_messages(messages)
         index = last_user_turn(before, _index(data))
         if index is None:
@@ -240,8 +250,23 @@ class Chat:
 
     async def leave(self, request: gr.Request) -> None:
         """The tab was closed: its answers end now and not with their next piece."""
-        for task in self._running.get(request.session_hash, set()):
+        session = request.session_hash or ""
+        for task in self._running.get(session, set()):
             task.cancel()
+        self._forget(session)
+
+    def _forget_soon(self, request: gr.Request) -> None:
+        """After the event: its inputs are kept before our code runs, its outputs after that."""
+        asyncio.get_running_loop().call_later(_FORGET_S, self._forget, request.session_hash or "")
+
+    def _forget(self, session: str) -> None:
+        """Drops what Gradio keeps of a session: the last value of each component, conversation and key among them.
+
+        Gradio needs it for links to a state, which the page has none of; it makes a new one at the next event.
+        """
+        holder = self.blocks.state_holder
+        holder.session_data.pop(session, None)
+        holder.time_last_used.pop(session, None)
 
     async def _answer(
         self,
@@ -260,7 +285,7 @@ class Chat:
         shown = asked
         failure = ""
         try:
-            with self._noted(request.session_hash):
+            with self._noted(request):
                 key, model, system, *sampling = settings
                 chosen = _text(model) or next(iter(await self._client.models(_text(key))), "")
                 deltas = self._client.answer(
@@ -283,8 +308,9 @@ class Chat:
             yield [_update(**_BUTTONS), shown, failure or _notice(empty)]
 
     @contextlib.contextmanager
-    def _noted(self, session: str) -> Any:
+    def _noted(self, request: gr.Request) -> Any:
         """Notes the task of an answer under its session, for `leave`."""
+        session = request.session_hash or ""
         task = asyncio.current_task()
         assert task is not None
         tasks = self._running.setdefault(session, set())
@@ -295,6 +321,7 @@ class Chat:
             tasks.discard(task)
             if not tasks:
                 self._running.pop(session, None)
+            self._forget_soon(request)
 
 
 def _turn(reasoning: str, answer: str) -> list[ChatMessage]:

@@ -59,6 +59,7 @@ window.raylmChat = (() => {
   return {
     start() {
       applyTheme();
+      if (window.innerWidth < 768) document.querySelector("#history.open .toggle-button")?.click();
       return list();
     },
     /* After an answer: the conversation on screen goes to the top of the list. */
