@@ -111,7 +111,7 @@ class SpeculationSection(Section):
     @classmethod
     def method_is_a_row_of_the_table(cls, method: str) -> str:
         if method not in SPECULATION_METHODS:
-            raise ValueError(f"{method} is not a method. {nearest(method, SPECULATION_METHODS)}")
+            raise ValueError(f"{method} is not a method. {nearest(method, SPECULATION_METHODS).rstrip('?.')}")
         return method
 
     @model_validator(mode="after")

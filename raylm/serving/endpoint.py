@@ -18,8 +18,8 @@ from raylm.errors import ServingError
 from raylm.ray_session import ray_session
 from raylm.serving.api_key import read_api_key
 from raylm.serving.app import build_app
-from raylm.serving.checks import check_model, check_port
-from raylm.serving.engine_args import check_engine_keys, check_speculation, model_name
+from raylm.serving.checks import check_draft, check_model, check_port
+from raylm.serving.engine_args import check_engine_keys, model_name
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, front_door
 
@@ -78,11 +78,11 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
 def _check(config: ServeConfig) -> None:
     """What can be refused before Ray starts."""
     check_engine_keys(config.engine)
-    check_speculation(config)
     key = read_api_key(config.api_key_file)
     if key is None and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
     check_model(config)
+    check_draft(config, use_gpu=True)  # whether there is one is known when Ray runs
     import ray
 
     if not (ray.is_initialized() or config.cluster_address or os.environ.get("RAY_ADDRESS")):
