@@ -262,7 +262,7 @@ def _measure(
         max_retries=0,
         runtime_env={"env_vars": engine_environment(config.kv_cache_gib, use_gpu=use_gpu)},
     )(_answer)
-    return ray.get(task.remote(config, model, prompts, draft, timed, use_gpu))  # type: ignore[no-any-return]
+    return ray.get(task.remote(config, model, prompts, draft, timed, use_gpu))
 
 
 def _answer(

@@ -144,7 +144,7 @@ def _positions(config: Mapping[str, Any]) -> int | None:
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("text_config", config)  # type: ignore[no-any-return]
+    return config.get("text_config", config)
 
 
 def _read_config(folder: str) -> dict[str, Any]:
