@@ -269,7 +269,7 @@ def test_every_method_gives_the_same_200_answers(target: Path, vocabulary: int, 
     for name in speculations:
         assert_same(answers[name], answers["none"])
         if name != "none":
-            assert answers[name][0]["counters"]["draft_tokens"] > 0, name
+            assert sum(found["counters"]["draft_tokens"] for found in answers[name]) > 100, name
     for name in ("ngram", "draft", "padded"):
         assert answers[name][0]["counters"]["accepted_tokens"] > 500, name
 
