@@ -301,6 +301,26 @@ def test_an_adapter_on_the_target_keeps_its_answers(target: Path, vocabulary: in
     assert answers["draft"][1]["counters"]["draft_tokens"] > 0
 
 
+@pytest.mark.slow
+def test_an_extended_target_is_drafted_for_by_its_base(target: Path, vocabulary: int, tmp_path: Path) -> None:
+    """W11: the target has rows that the draft lacks, and answers with them too."""
+    import raylm
+
+    extended = tmp_path / "extended"
+    raylm.extend_vocabulary({"model": str(target), "output": str(extended), "special": ["<|act|>", "<|obs|>"]})
+    draft = near(target, tmp_path / "draft", noise=0.05)
+    new = [vocabulary, vocabulary + 1]
+    asked = [[*prompt, *new, *prompt[:4]] for prompt in prompts(24, vocabulary, seed=5)]
+    biased = {**GREEDY, "allowed_token_ids": [*range(3, 40), *new]}
+    rounds = [{"prompts": asked, "sampling": sampling} for sampling in (GREEDY, biased)]
+    kinds = {"none": None, "draft": {"method": "draft_model", "model": str(draft)}}
+    jobs = [{"name": name, "engine": engine(extended, kind), "rounds": rounds} for name, kind in kinds.items()]
+    answers = run_engines(jobs, tmp_path / "run")
+    assert any(token in new for ids in answers["none"][1]["ids"] for token in ids)
+    assert_same(answers["draft"], answers["none"])
+    assert answers["draft"][0]["counters"]["accepted_tokens"] > 100
+
+
 def sequence_probabilities(model: Path, prompt: list[int], *, vocabulary: int, length: int) -> torch.Tensor:
     """(vocabulary ** length,) float64: the exact probability of every continuation, by transformers."""
     from transformers import AutoModelForCausalLM
