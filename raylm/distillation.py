@@ -279,7 +279,10 @@ def _answer(
     options: dict[str, Any] = {"disable_log_stats": False, "enable_prefix_caching": False}
     if draft is not None:
         section = SpeculationSection(
-            method="draft_model", model=draft, num_speculative_tokens=config.num_speculative_tokens
+            method="draft_model",
+            model=draft,
+            num_speculative_tokens=config.num_speculative_tokens,
+            off_above=None,
         )
         options["speculative_config"] = speculative_config(
             section, model, use_gpu=use_gpu, max_model_len=config.max_model_len
