@@ -255,12 +255,15 @@ def _measure(
 ) -> _Answers:
     """Answers prompts in a process of its own; `timed` of them again, one by one."""
     use_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    environment = engine_environment(config.kv_cache_gib, use_gpu=use_gpu)
+    if not use_gpu:
+        environment["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)  # as in serving; Ray's own is the task's CPUs
     task = ray.remote(
         num_cpus=1,
         num_gpus=1 if use_gpu else 0,
         max_calls=1,  # an engine that is gone leaves state behind in its process
         max_retries=0,
-        runtime_env={"env_vars": engine_environment(config.kv_cache_gib, use_gpu=use_gpu)},
+        runtime_env={"env_vars": environment},
     )(_answer)
     return ray.get(task.remote(config, model, prompts, draft, timed, use_gpu))
 
