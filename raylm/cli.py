@@ -87,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="hub id, folder, or GGUF file")
     generate.add_argument("--adapter", metavar="DIR", help="LoRA adapter to answer with")
     generate.add_argument("prompts", nargs="*", help="prompts; key=value sets an option", metavar="PROMPT|key=value")
+    distill = _command(commands, "distill-draft", _distill, "make and train a draft for speculative decoding")
+    distill.add_argument("model", help="model to draft for: hub id, folder, or GGUF file")
+    distill.add_argument("--data", action="append", required=True, metavar="FILE", help="dataset with prompts")
+    distill.add_argument("--output", required=True, help="folder for the draft")
+    distill.add_argument("--layers", metavar="N,…", help="blocks of the model to take, such as 0,10,19,29")
+    distill.add_argument("--num-layers", type=int, metavar="N", help="blocks to take (default: an eighth)")
+    distill.add_argument("--hidden-size", type=int, metavar="N", help="width of a new draft, in place of blocks")
+    _overrides(distill)
     data = commands.add_parser("data", help="look at datasets").add_subparsers(required=True, metavar="COMMAND")
     preview = _command(data, "preview", _preview, "show what the model will see; tokens that carry loss are marked")
     preview.add_argument("config", help="YAML configuration")
@@ -394,6 +402,26 @@ def _generate(options: Any) -> int:
         if failed:
             print(f"{failed} rows failed, with their reasons in the output: {kinds}", file=sys.stderr)
     return 3 if failed else 0
+
+
+def _distill(options: Any) -> None:
+    names = ("model", "data", "output", "num_layers", "hidden_size")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.layers is not None:
+        given["layers"] = options.layers.split(",")
+    result = raylm.distill_draft(given, options.overrides)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return
+    print(f"draft           {result.output}")
+    print(f"parameters      {result.parameters / 1e6:.1f} million, the model has {result.target_parameters / 1e6:.1f}")
+    for name, found in (("before", result.before), ("after", result.after)):
+        rate, length = found["acceptance_rate"] or 0.0, found["mean_accepted_length"] or 1.0
+        print(f"accepted {name:7}{rate:.1%} of the guesses, {length:.2f} tokens a step")
+    print(f"a guess costs   {result.cost_ratio:.2f} of a token of the model")
+    print(f"speed-up        {result.predicted_speed_up:.2f} predicted, {result.measured_speed_up:.2f} measured")
+    print(f"same answers    {result.same_answers:.0%}")
+    print(f"serve the pair  {result.serve}")
 
 
 def _is_setting(item: str) -> bool:

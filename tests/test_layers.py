@@ -17,6 +17,7 @@ LAYERS = {
     "inference": 4,
     "merging": 4,
     "vocabulary": 4,
+    "distillation": 5,
     "tuning": 5,
     "alignment": 5,
     "evaluation": 5,

@@ -31,6 +31,8 @@ HEAVY = (
         ["sweep", "--help"],
         ["sweep", "no-such.yaml"],
         ["vocab", "extend", "--help"],
+        ["speculate", "bench", "m", "speculation.method=ngrm"],
+        ["distill-draft", "m", "--data", "d", "--output", "o", "--layers", "0,x"],
         ["track", "no-such-run"],
         ["optim", "list"],
     ],

@@ -11,6 +11,7 @@ from raylm.errors import nearest
 
 MAX_SPECULATIVE_TOKENS = 128
 """What vLLM's rejection sampler takes."""
+OFF_ABOVE_ON_CPU = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +105,15 @@ class SpeculationSection(Section):
     """`ngram`: fewest tokens that must match; default: 2, or prompt_lookup_max if that is less."""
     prompt_lookup_max: Annotated[int, Field(ge=1)] | None = None
     """`ngram`: most tokens that are looked for; default: 4, or prompt_lookup_min if that is more."""
-    off_above: Annotated[int, Field(ge=1)] | None = None
-    """Nothing is guessed while more requests than this run; `raylm speculate bench` measures from where it loses."""
+    off_above: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """Nothing is guessed while more requests than this run; null never stops. `auto` is 8 on a CPU, which has no
+    arithmetic to spare above, and never on a GPU. `raylm speculate bench` measures from where it loses."""
 
     @field_validator("method")
     @classmethod
     def method_is_a_row_of_the_table(cls, method: str) -> str:
         if method not in SPECULATION_METHODS:
-            raise ValueError(f"{method} is not a method. {nearest(method, SPECULATION_METHODS)}")
+            raise ValueError(f"{method} is not a method. {nearest(method, SPECULATION_METHODS).rstrip('?.')}")
         return method
 
     @model_validator(mode="after")
@@ -137,7 +139,7 @@ class SpeculationSection(Section):
 
     @model_validator(mode="after")
     def off_above_goes_with_a_method_that_pauses(self) -> Self:
-        if self.off_above is not None and not self.row.pauses:
+        if isinstance(self.off_above, int) and not self.row.pauses:
             raise ValueError(f"off_above excludes method={self.method}, which always guesses the same number. Drop it")
         return self
 
@@ -151,7 +153,13 @@ class SpeculationSection(Section):
         """Tokens guessed at a time."""
         return self.num_speculative_tokens or self.row.num_speculative_tokens
 
-    def engine_settings(self, draft: str | None = None) -> dict[str, Any]:
+    def limit(self, *, use_gpu: bool) -> int | None:
+        """`off_above` with `auto` resolved; None where guessing never stops."""
+        if self.off_above != "auto":
+            return self.off_above
+        return OFF_ABOVE_ON_CPU if self.row.pauses and not use_gpu else None
+
+    def engine_settings(self, draft: str | None = None, *, use_gpu: bool) -> dict[str, Any]:
         """vLLM's `speculative_config`. draft: hub id or folder of the draft model, where there is one."""
         settings: dict[str, Any] = {"method": self.method, "num_speculative_tokens": self.num_tokens}
         if draft is not None:
@@ -160,10 +168,11 @@ class SpeculationSection(Section):
             low, high = self.prompt_lookup_min, self.prompt_lookup_max
             settings["prompt_lookup_min"] = low or min(2, high or 2)
             settings["prompt_lookup_max"] = high or max(4, low or 4)
-        if self.off_above is not None:
+        limit = self.limit(use_gpu=use_gpu)
+        if limit is not None:
             # Inclusive ranges of running requests, each with its number of tokens; the last one goes on for ever.
             settings["num_speculative_tokens_per_batch_size"] = [
-                [1, self.off_above, self.num_tokens],
-                [self.off_above + 1, self.off_above + 1, 0],
+                [1, limit, self.num_tokens],
+                [limit + 1, limit + 1, 0],
             ]
         return settings

@@ -46,9 +46,9 @@ def speculative_config(
             "Set speculation.method=ngram, or draft_model with a draft.",
         )
     if section.model is None:
-        return section.engine_settings()
+        return section.engine_settings(use_gpu=use_gpu)
     draft = as_folder(section.model)
-    settings = section.engine_settings(draft)
+    settings = section.engine_settings(draft, use_gpu=use_gpu)
     if not Path(draft).is_dir():
         return settings
     if is_adapter(draft):
@@ -144,7 +144,7 @@ def _positions(config: Mapping[str, Any]) -> int | None:
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("text_config", config)  # type: ignore[no-any-return]
+    return config.get("text_config", config)
 
 
 def _read_config(folder: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from raylm.serving.adapters import resolve_adapters
 from raylm.serving.api_key import read_api_keys
 from raylm.serving.app import build_app
 from raylm.serving.chat_page import chat_page_beside, check_gradio
-from raylm.serving.checks import check_model, check_port, check_tls
-from raylm.serving.engine_args import adapter_model, check_engine_keys, check_speculation, model_name
+from raylm.serving.checks import check_draft, check_model, check_port, check_tls
+from raylm.serving.engine_args import adapter_model, check_engine_keys, model_name
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, front_door
 
@@ -87,7 +87,6 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
 def _check(config: ServeConfig) -> None:
     """What can be refused before Ray starts."""
     check_engine_keys(config.engine)
-    check_speculation(config)
     if config.chat_page:
         check_gradio()
     if config.tls_cert_file is not None and config.tls_key_file is not None:
@@ -96,6 +95,7 @@ def _check(config: ServeConfig) -> None:
     if not keys and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
     check_model(config)
+    check_draft(config, use_gpu=True)  # whether there is one is known when Ray runs
     resolve_adapters(config, warn=False)
     import ray
 

@@ -17,7 +17,7 @@ def test_without_the_section_nothing_is_speculated() -> None:
 
 
 def test_ngram_has_defaults_for_all_but_the_method() -> None:
-    assert section(method="ngram").engine_settings() == {
+    assert section(method="ngram").engine_settings(use_gpu=True) == {
         "method": "ngram",
         "num_speculative_tokens": 6,
         "prompt_lookup_min": 2,
@@ -27,22 +27,36 @@ def test_ngram_has_defaults_for_all_but_the_method() -> None:
 
 @pytest.mark.parametrize(("given", "low", "high"), [({"min": 6}, 6, 6), ({"max": 1}, 1, 1), ({"max": 9}, 2, 9)])
 def test_one_bound_of_the_lookup_moves_the_other(given: dict[str, int], low: int, high: int) -> None:
-    settings = section(method="ngram", **{f"prompt_lookup_{end}": n for end, n in given.items()}).engine_settings()
+    settings = section(method="ngram", **{f"prompt_lookup_{end}": n for end, n in given.items()}).engine_settings(
+        use_gpu=True
+    )
     assert (settings["prompt_lookup_min"], settings["prompt_lookup_max"]) == (low, high)
 
 
 def test_a_draft_model_is_named_as_the_engine_finds_it() -> None:
-    found = section(method="draft_model", model="./draft", num_speculative_tokens=3).engine_settings("/a/draft")
+    found = section(method="draft_model", model="./draft", num_speculative_tokens=3).engine_settings(
+        "/a/draft", use_gpu=True
+    )
     assert found == {"method": "draft_model", "num_speculative_tokens": 3, "model": "/a/draft"}
 
 
 def test_off_above_is_a_schedule_over_running_requests() -> None:
-    settings = section(method="ngram", num_speculative_tokens=5, off_above=8).engine_settings()
+    settings = section(method="ngram", num_speculative_tokens=5, off_above=8).engine_settings(use_gpu=True)
     from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
     tokens = build_dynamic_sd_schedule_lookup(settings["num_speculative_tokens_per_batch_size"], 64, 5)
     assert tokens[1:] == [5] * 8 + [0] * 56
     assert build_dynamic_sd_schedule_lookup(settings["num_speculative_tokens_per_batch_size"], 4, 5)[1:] == [5] * 4
+
+
+def test_by_itself_guessing_stops_on_a_cpu_where_requests_fill_it() -> None:
+    assert section(method="ngram").limit(use_gpu=False) == 8
+    assert section(method="ngram").limit(use_gpu=True) is None
+    assert section(method="ngram", off_above=3).limit(use_gpu=True) == 3
+    assert section(method="ngram", off_above=None).limit(use_gpu=False) is None
+    assert section(method="medusa", model="d").limit(use_gpu=False) is None  # it cannot
+    schedule = section(method="ngram").engine_settings(use_gpu=False)["num_speculative_tokens_per_batch_size"]
+    assert schedule == [[1, 8, 6], [9, 9, 0]]
 
 
 def test_every_method_is_one_of_vllms() -> None:

@@ -36,6 +36,8 @@ def test_version_and_help() -> None:
         ["serve"],
         ["chat"],
         ["generate"],
+        ["speculate", "bench"],
+        ["distill-draft"],
         ["data", "preview"],
         ["config", "show"],
         ["vocab", "extend"],

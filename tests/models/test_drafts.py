@@ -33,7 +33,7 @@ def edit(file: Path, **keys: Any) -> None:
 
 def test_a_draft_with_the_same_vocabulary_is_passed_on(tmp_path: Path, target: Path) -> None:
     section = draft(tmp_path / "d")
-    assert settings_of(section, target) == {
+    assert settings_of(section, target, use_gpu=True) == {
         "method": "draft_model",
         "num_speculative_tokens": 4,
         "model": str(tmp_path / "d"),
@@ -109,7 +109,7 @@ def test_multi_token_prediction_needs_layers_for_it(tmp_path: Path, target: Path
         settings_of(section, target)
     build_tiny_model(tmp_path / "t")
     edit(tmp_path / "t" / "config.json", num_nextn_predict_layers=1)
-    assert settings_of(section, tmp_path / "t") == {"method": "mtp", "num_speculative_tokens": 1}
+    assert settings_of(section, tmp_path / "t", use_gpu=True) == {"method": "mtp", "num_speculative_tokens": 1}
 
 
 def test_methods_that_cannot_run_here_say_why(target: Path) -> None:

@@ -109,7 +109,7 @@ def test_the_shipped_serve_yaml_is_valid() -> None:
 
 def test_speculation_becomes_vllms_own_setting_once() -> None:
     args = ServeArgs.model_validate({"model": "a/b", "speculation": {"method": "ngram", "prompt_lookup_max": 3}})
-    words = command_line(args, "a/b", on_cpu=True, native_bf16=False)
+    words = command_line(args, "a/b", on_cpu=False, native_bf16=False)
     assert json.loads(words[words.index("--speculative-config") + 1]) == {
         "method": "ngram",
         "num_speculative_tokens": 6,

@@ -255,21 +255,21 @@ def test_every_method_gives_the_same_200_answers(target: Path, vocabulary: int, 
     speculations: dict[str, Any] = {
         "none": None,
         "ngram": {**NGRAM, "off_above": None},
-        "draft": {"method": "draft_model", "model": str(draft)},
-        "padded": {"method": "draft_model", "model": str(padded)},
+        "draft": {"method": "draft_model", "model": str(draft), "off_above": None},
+        "padded": {"method": "draft_model", "model": str(padded), "off_above": None},
         "eagle": {"method": "eagle", "model": eagle_head(target, tmp_path / "eagle"), "off_above": 12},
-        "eagle3": {"method": "eagle3", "model": eagle3_head(target, tmp_path / "eagle3")},
+        "eagle3": {"method": "eagle3", "model": eagle3_head(target, tmp_path / "eagle3"), "off_above": None},
         "medusa": {"method": "medusa", "model": medusa_heads(target, tmp_path / "medusa")},
     }
     jobs = [
-        {"name": name, "engine": engine(target, speculation), "rounds": rounds}
+        {"name": name, "engine": engine(target, speculation, max_num_seqs=100), "rounds": rounds}
         for name, speculation in speculations.items()
     ]
     answers = run_engines(jobs, tmp_path / "run")
     for name in speculations:
         assert_same(answers[name], answers["none"])
         if name != "none":
-            assert answers[name][0]["counters"]["draft_tokens"] > 0, name
+            assert sum(found["counters"]["draft_tokens"] for found in answers[name]) > 100, name
     for name in ("ngram", "draft", "padded"):
         assert answers[name][0]["counters"]["accepted_tokens"] > 500, name
 
@@ -289,7 +289,8 @@ def test_an_adapter_on_the_target_keeps_its_answers(target: Path, vocabulary: in
     draft = near(target, tmp_path / "draft", noise=0.05)
     asked = prompts(24, vocabulary, seed=4)
     rounds = [{"prompts": asked, "sampling": GREEDY, "adapter": name} for name in (None, str(tmp_path / "adapter"))]
-    kinds = {"none": None, "ngram": NGRAM, "draft": {"method": "draft_model", "model": str(draft)}}
+    drafted = {"method": "draft_model", "model": str(draft), "off_above": None}
+    kinds = {"none": None, "ngram": NGRAM, "draft": drafted}
     jobs = [
         {"name": name, "engine": engine(target, kind, enable_lora=True, max_lora_rank=8), "rounds": rounds}
         for name, kind in kinds.items()
@@ -299,6 +300,26 @@ def test_an_adapter_on_the_target_keeps_its_answers(target: Path, vocabulary: in
     for name in kinds:
         assert_same(answers[name], answers["none"])
     assert answers["draft"][1]["counters"]["draft_tokens"] > 0
+
+
+@pytest.mark.slow
+def test_an_extended_target_is_drafted_for_by_its_base(target: Path, vocabulary: int, tmp_path: Path) -> None:
+    """W11: the target has rows that the draft lacks, and answers with them too."""
+    import raylm
+
+    extended = tmp_path / "extended"
+    raylm.extend_vocabulary({"model": str(target), "output": str(extended), "special": ["<|act|>", "<|obs|>"]})
+    draft = near(target, tmp_path / "draft", noise=0.05)
+    new = [vocabulary, vocabulary + 1]
+    asked = [[*prompt, *new, *prompt[:4]] for prompt in prompts(24, vocabulary, seed=5)]
+    biased = {**GREEDY, "allowed_token_ids": [5, 6, 7, *new]}
+    rounds = [{"prompts": asked, "sampling": sampling} for sampling in (GREEDY, biased)]
+    kinds = {"none": None, "draft": {"method": "draft_model", "model": str(draft), "off_above": None}}
+    jobs = [{"name": name, "engine": engine(extended, kind), "rounds": rounds} for name, kind in kinds.items()]
+    answers = run_engines(jobs, tmp_path / "run")
+    assert any(token in new for ids in answers["none"][1]["ids"] for token in ids)
+    assert_same(answers["draft"], answers["none"])
+    assert answers["draft"][0]["counters"]["accepted_tokens"] > 100
 
 
 def sequence_probabilities(model: Path, prompt: list[int], *, vocabulary: int, length: int) -> torch.Tensor:
@@ -330,7 +351,7 @@ def p_value(ids: list[list[int]], probabilities: torch.Tensor, vocabulary: int) 
 @pytest.mark.slow
 def test_sampled_answers_have_the_models_distribution(tmp_path: Path) -> None:
     """Four tokens of a vocabulary of five: all 625 continuations, against their exact probabilities."""
-    words, length, draws = 5, 4, 40_000
+    words, length, draws = 5, 4, 20_000
     tiny = {"hidden_size": 128, "vocab_size": words, "eos_token_id": None, "initializer_range": 0.2}
     target, draft = build_tiny_model(tmp_path / "target", **tiny), near_words(tmp_path, tiny)
     prompt = [1, 2, 3, 1, 2, 3, 1, 2]
@@ -339,8 +360,8 @@ def test_sampled_answers_have_the_models_distribution(tmp_path: Path) -> None:
     rounds = [{"prompts": [prompt] * draws, "sampling": sampling}]
     kinds: dict[str, Any] = {
         "none": None,
-        "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1},
-        "draft": {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3},
+        "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "off_above": None},
+        "draft": {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3, "off_above": None},
     }
     options = {"max_num_seqs": 512, "skip_tokenizer_init": True, "seed": 7}
     jobs = [{"name": name, "engine": engine(target, kind, **options), "rounds": rounds} for name, kind in kinds.items()]
