@@ -13,7 +13,7 @@ def build_adapter(folder: Path, model: Path, *, seed: int, scale: float = 0.3, *
     """A PEFT adapter with random matrices, large enough to change the model's answers."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(LINEAR), **options}
@@ -24,6 +24,7 @@ def build_adapter(folder: Path, model: Path, *, seed: int, scale: float = 0.3, *
             if "lora_B" in name:
                 parameter.normal_(std=scale)
     adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return folder
 
 
