@@ -156,6 +156,7 @@ class _Models:
 
     def __init__(self, vllm_models: Any, pool: AdapterPool) -> None:
         self._models, self._pool = vllm_models, pool
+        self._name_of_base = vllm_models.model_name
         self.base_names: list[str] = [path.name for path in vllm_models.base_model_paths]
 
     def take_over(self) -> None:
@@ -195,7 +196,7 @@ class _Models:
         """What a response calls its model: what was asked."""
         asked = _asked()
         if lora_request is None or asked is None:
-            return self.base_names[0]
+            return str(self._name_of_base(None))
         return asked.model
 
     async def show_available_models(self) -> Any:
