@@ -76,10 +76,6 @@ class AdapterRoot(Protocol):
         """The files of an adapter; None for a word that is no name. Says nothing about whether they are there."""
         ...
 
-    def shown(self, name: str) -> str:
-        """The adapter's address as messages name it."""
-        ...
-
 
 def open_root(address: str) -> AdapterRoot:
     """The adapters below a folder or an address of object storage. Raises ServingError when there is no such root."""
@@ -108,16 +104,15 @@ def open_single(address: str) -> AdapterRoot:
         )
     if scheme_of(address):
         _check_scheme(address)
-        return SingleAdapter(name, shown(address), RemoteFiles(address), remote=True)
-    folder = Path(address).expanduser().absolute()
-    return SingleAdapter(name, str(folder), LocalFiles(folder, folder.resolve()), remote=False)
+        return SingleAdapter(name, RemoteFiles(address), remote=True)
+    return SingleAdapter(name, LocalFiles(Path(address).expanduser().absolute(), None), remote=False)
 
 
 class SingleAdapter:
     """A root of one adapter."""
 
-    def __init__(self, name: str, where: str, files: AdapterFiles, *, remote: bool) -> None:
-        self._name, self._where, self._files = name, where, files
+    def __init__(self, name: str, files: AdapterFiles, *, remote: bool) -> None:
+        self._name, self._files = name, files
         self.remote, self.fresh_s = remote, REMOTE_FRESH_S if remote else LOCAL_FRESH_S
 
     def names(self) -> Sequence[str]:
@@ -128,9 +123,6 @@ class SingleAdapter:
 
     def files(self, name: str) -> AdapterFiles | None:
         return self._files if name == self._name else None
-
-    def shown(self, name: str) -> str:
-        return self._where
 
 
 class LocalRoot:
@@ -150,9 +142,6 @@ class LocalRoot:
     def files(self, name: str) -> AdapterFiles | None:
         return LocalFiles(self._folder / name, self._folder.resolve()) if ADAPTER_NAME.fullmatch(name) else None
 
-    def shown(self, name: str) -> str:
-        return str(self._folder / name)
-
     def _folders(self) -> list[tuple[str, str]]:
         """Folders with an adapter, and why one cannot be asked for."""
         root = self._folder.resolve()
@@ -167,9 +156,9 @@ class LocalRoot:
 
 
 class LocalFiles:
-    """One adapter folder, all of whose files lie in `inside`, links resolved."""
+    """One adapter folder; with `inside`, all of its files must lie in there, links resolved."""
 
-    def __init__(self, folder: Path, inside: Path) -> None:
+    def __init__(self, folder: Path, inside: Path | None) -> None:
         self._folder, self._inside = folder, inside
 
     def fingerprint(self) -> str | None:
@@ -194,7 +183,7 @@ class LocalFiles:
 
     def _resolved(self, file: str) -> Path:
         path = (self._folder / file).resolve()
-        if not path.is_relative_to(self._inside):
+        if self._inside is not None and not path.is_relative_to(self._inside):
             raise ModelError(f"adapter {self._folder.name}", f"{file} {_LINK_OUT}.", "Copy the file there.")
         return path
 
@@ -216,9 +205,6 @@ class RemoteRoot:
 
     def files(self, name: str) -> AdapterFiles | None:
         return RemoteFiles(self._of(name)) if ADAPTER_NAME.fullmatch(name) else None
-
-    def shown(self, name: str) -> str:
-        return shown(self._of(name))
 
     def _of(self, name: str) -> str:
         return with_key(self._address, f"{self._key}/{name}".lstrip("/"))

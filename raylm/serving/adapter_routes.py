@@ -4,8 +4,8 @@ All of vLLM's routes share one `OpenAIServingModels`. They ask it three times ab
 `resolve_lora`, then `lora_requests[model]`. vLLM's resolver plugins answer the second once and for all under the name
 that was asked, without a version and without a reason for a refusal, so this module answers all three. The version
 that was resolved travels with the request in a context variable: a request has one version from its check to its end,
-whatever is loaded meanwhile, and the next request of the same connection is resolved anew, for it runs in a task of
-its own.
+whatever is loaded meanwhile. It counts only in the task that resolved it: the server may start the next request of a
+connection in a copy of that context.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -38,13 +39,19 @@ _SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """The adapter of the request that runs in this context."""
+    """The adapter of the request that runs in this task."""
 
     model: str
     request: Any
+    task: "weakref.ref[asyncio.Task[Any]]"
 
 
 _ASKED: ContextVar[_Asked | None] = ContextVar("raylm_asked_adapter", default=None)
+
+
+def _asked() -> _Asked | None:
+    asked = _ASKED.get()
+    return asked if asked is not None and asked.task() is asyncio.current_task() else None
 
 
 def close_vllm_adapter_routes(args: ServeArgs) -> None:
@@ -132,7 +139,7 @@ class _LoraRequests(Mapping[str, Any]):
     """In the place of vLLM's table of adapters: holds what the running request resolved, and nothing else."""
 
     def __getitem__(self, model: str) -> Any:
-        asked = _ASKED.get()
+        asked = _asked()
         if asked is None or asked.model != model:
             raise KeyError(model)
         return asked.request
@@ -149,6 +156,7 @@ class _Models:
 
     def __init__(self, vllm_models: Any, pool: AdapterPool) -> None:
         self._models, self._pool = vllm_models, pool
+        self._name_of_base = vllm_models.model_name
         self.base_names: list[str] = [path.name for path in vllm_models.base_model_paths]
 
     def take_over(self) -> None:
@@ -179,14 +187,16 @@ class _Models:
         except ServingError as error:
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from None
         request = lora_request(adapter)
-        _ASKED.set(_Asked(model, request))
+        task = asyncio.current_task()
+        assert task is not None
+        _ASKED.set(_Asked(model, request, weakref.ref(task)))
         return request
 
     def model_name(self, lora_request: Any = None) -> str:
         """What a response calls its model: what was asked."""
-        asked = _ASKED.get()
+        asked = _asked()
         if lora_request is None or asked is None:
-            return self.base_names[0]
+            return str(self._name_of_base(None))
         return asked.model
 
     async def show_available_models(self) -> Any:

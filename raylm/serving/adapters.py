@@ -50,7 +50,6 @@ _ENGINE_KEYS = {
     "max_lora_rank": "Set max_adapter_rank.",
     "lora_modules": "Put those adapters below `adapters`.",
 }
-_WRITE_ATTEMPTS = 6
 _WRITE_PAUSE_S = 0.2
 
 
@@ -187,35 +186,40 @@ class AdapterPool:
             await self._engine.unload(adapter)
         await self._sweep()
 
-    async def rows(self, only: str | None = None) -> list[dict[str, Any]]:
+    async def rows(self) -> list[dict[str, Any]]:
         """One row an adapter, sorted by name: name, version, rank, loaded, last_used (seconds since 1970), error.
 
-        version and rank of an adapter that this replica has not loaded are known for a local root only.
+        version: what a request would get now; of a remote root, what this replica loaded last.
         Raises ServingError when the root does not answer.
         """
-        names = sorted(await self._known(force=True) if only is None else [only])
+        names = sorted(await self._known(force=True))
         if not self.root.remote:
             await asyncio.to_thread(self._survey_all, names)
         loaded = await self._engine.loaded()
         return [self._row(name, loaded) for name in names]
 
     def _row(self, name: str, loaded: set[int]) -> dict[str, Any]:
-        entry, survey = self._entries.get(name, _Entry()), self._surveys.get(name)
+        entry, found = self._entries.get(name, _Entry()), self._surveys.get(name)
         current = entry.current
-        problem = str(entry.problem) if entry.problem else survey.problem if survey and current is None else None
+        servable = found if found is not None and found.problem is None else None
+        version = servable.version if servable else current.version if current else None
+        problem = None if isinstance(entry.problem, UnknownAdapterError) else entry.problem
         return {
             "name": name,
-            "version": current.version if current else survey.version if survey else None,
-            "rank": current.rank if current else survey.rank if survey else None,
-            "loaded": current is not None and current.engine_id in loaded,
-            "last_used": current.last_used if current and current.last_used else None,
-            "error": problem,
+            "version": version,
+            "rank": servable.rank if servable else current.rank if current else None,
+            "loaded": current is not None and current.version == version and current.engine_id in loaded,
+            "last_used": current.last_used if current else None,
+            "error": found.problem if found is not None else str(problem) if problem else None,
         }
 
     def _survey_all(self, names: list[str]) -> None:
         for name in names:
             former = self._surveys.get(name)
-            found = survey(self.root, name, linear=self._linear, max_rank=self._max_rank, known=former, hashed=True)
+            try:
+                found = survey(self.root, name, linear=self._linear, max_rank=self._max_rank, known=former, hashed=True)
+            except OSError:  # it goes away this very moment, or is being put there
+                continue
             if found is not None:
                 self._surveys[name] = found
 
@@ -236,6 +240,7 @@ class AdapterPool:
         began = time.monotonic()
         files = self.root.files(name)
         assert files is not None
+        seen = None
         try:
             seen = await asyncio.to_thread(files.fingerprint)
             if seen is None:
@@ -244,7 +249,7 @@ class AdapterPool:
                 await self._load(name, entry, files, seen)
             entry.seen = seen
         except ModelError as error:
-            entry.problem = error
+            entry.problem, entry.seen = error, seen
             logger.warning("%s%s", error, f" Version {entry.current.version} goes on." if entry.current else "")
         except _BeingWrittenError:
             if entry.current is None:
@@ -262,15 +267,7 @@ class AdapterPool:
 
     async def _load(self, name: str, entry: _Entry, files: AdapterFiles, seen: str) -> None:
         """Makes the files' version the current one. Raises ModelError, OSError, DataError, _BeingWrittenError."""
-        for attempt in range(_WRITE_ATTEMPTS):
-            folder, version, rank = await asyncio.to_thread(self._copy, name, files, seen)
-            again = await asyncio.to_thread(files.fingerprint)
-            if again == seen:
-                break
-            if again is None or attempt == _WRITE_ATTEMPTS - 1 or entry.current is not None:
-                raise _BeingWrittenError(f"adapter {name}", "its files are being written.", "Try again.")
-            await asyncio.sleep(_WRITE_PAUSE_S)
-            seen = again
+        folder, version, rank = await self._settled_copy(name, files, seen, attempts=1 if entry.current else 6)
         # One engine id for one version at a time, also when files go back to what they were: vLLM's batches tell
         # adapters apart by name alone.
         same = (known for known in self._versions if (known.name, known.version) == (name, version))
@@ -278,12 +275,34 @@ class AdapterPool:
         if adapter is None:
             self._next_id += 1
             adapter = LoadedAdapter(name, version, rank, self._next_id, folder)
-            await self._engine.load(adapter)
+            try:
+                await self._engine.load(adapter)
+            except ModelError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             self._versions.append(adapter)
             logger.info("adapter %s: version %s, rank %d", name, version, rank)
         adapter.last_used = time.time()
         entry.current, entry.problem = adapter, None
         await self._sweep()
+
+    async def _settled_copy(self, name: str, files: AdapterFiles, seen: str, *, attempts: int) -> tuple[Path, str, int]:
+        """`_copy` of files that do not change meanwhile. Raises what it raises, and _BeingWrittenError."""
+        for attempt in range(attempts):
+            if attempt:
+                await asyncio.sleep(_WRITE_PAUSE_S)
+            refused, copy = None, None
+            try:
+                copy = await asyncio.to_thread(self._copy, name, files, seen)
+            except ModelError as error:
+                refused = error
+            again = await asyncio.to_thread(files.fingerprint)
+            if again == seen and refused is not None:
+                raise refused
+            if again == seen and copy is not None and (copy[0] / WEIGHTS_FILE).exists():
+                return copy
+            seen = again or ""
+        raise _BeingWrittenError(f"adapter {name}", "its files are being written.", "Try again.")
 
     def _copy(self, name: str, files: AdapterFiles, seen: str) -> tuple[Path, str, int]:
         """Copies the files into a folder named by their hash. Returns folder, version and rank."""

@@ -13,7 +13,7 @@ def build_adapter(folder: Path, model: Path, *, seed: int, scale: float = 0.3, *
     """A PEFT adapter with random matrices, large enough to change the model's answers."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(LINEAR), **options}
@@ -24,6 +24,7 @@ def build_adapter(folder: Path, model: Path, *, seed: int, scale: float = 0.3, *
             if "lora_B" in name:
                 parameter.normal_(std=scale)
     adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return folder
 
 
@@ -41,13 +42,27 @@ def greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[f
     """The likeliest tokens one after the other, with their log-probabilities in nats."""
     import torch
 
-    ids, logprobs = list(prompt), []
+    ids: list[int] = []
+    logprobs: list[float] = []
+    cache, step = None, list(prompt)
     with torch.no_grad():
         for _ in range(count):
-            row = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), dim=-1)
-            ids.append(int(row.argmax()))
+            output = model(torch.tensor([step]), past_key_values=cache, use_cache=True)
+            row = torch.log_softmax(output.logits[0, -1].double(), dim=-1)
+            cache, step = output.past_key_values, [int(row.argmax())]
+            ids += step
             logprobs.append(float(row.max()))
-    return ids[len(prompt) :], logprobs
+    return ids, logprobs
+
+
+def is_greedy(model: Any, prompt: list[int], answer: list[int]) -> bool:
+    """True when each token of an answer is the likeliest after those before it, up to rounding; one forward pass."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+    taken = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    return bool((logits.max(dim=1).values - taken).max() < 1e-3)
 
 
 def replace_adapter(folder: Path, source: Path) -> None:

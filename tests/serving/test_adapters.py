@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raylm.cli import main
 from raylm.config import GenerateConfig
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError, ModelError, ServingError
@@ -225,6 +227,16 @@ def test_a_wrong_setting_is_named_before_anything_starts(
         resolve_adapters(ServeArgs(model=str(served_model_dir), **settings))
 
 
+@pytest.mark.parametrize("command", [("serve",), ("chat",), ("generate", "hello")])
+def test_the_commands_refuse_a_wrong_adapter_before_anything_starts(
+    served_model_dir: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    folder = shutil.copytree(made / "v1", tmp_path / "polite")
+    edit_config(use_dora=True)(folder)
+    assert main([command[0], str(served_model_dir), *command[1:], "--adapter", str(folder)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folder}: uses DoRA, which vLLM does not serve. Merge it")
+
+
 def test_one_adapter_or_a_root() -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         ServeArgs(model="m", adapter="/a", adapters="/b")
@@ -393,7 +405,7 @@ def test_a_refused_version_does_not_replace_the_one_that_is_served(
     assert asyncio.run(pool.get("one")) is first
     with pytest.raises(ModelError, match="uses DoRA"):
         asyncio.run(pool.load("one", force=True))
-    [one, two] = asyncio.run(pool.rows())
+    one, two = asyncio.run(pool.rows())
     assert (one["version"], one["loaded"]) == (first.version, True)
     assert "uses DoRA" in one["error"]
     assert (two["rank"], two["loaded"], two["error"], two["last_used"]) == (12, False, None, None)
@@ -401,6 +413,64 @@ def test_a_refused_version_does_not_replace_the_one_that_is_served(
     assert asyncio.run(pool.get("one")).rank == 4
     assert asyncio.run(pool.rows())[0]["error"] is None
     assert len(engine.loads) <= 2
+
+
+def test_a_refused_adapter_is_read_once_until_its_files_change(
+    root: Path, served_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalRoot, "fresh_s", 0.0)
+    pool, engine = pool_of(root, tmp_path, served_model_dir)
+    edit_config(use_dora=True)(root / "one")
+    reads = []
+    whole = pool._copy
+    monkeypatch.setattr(pool, "_copy", lambda *given: reads.append(1) or whole(*given))
+    for _ in range(3):
+        with pytest.raises(ModelError, match="uses DoRA"):
+            asyncio.run(pool.get("one"))
+    assert len(reads) == 1
+    edit_config(use_dora=False)(root / "one")
+    assert asyncio.run(pool.get("one")).rank == 4
+    assert len(engine.loads) == 1
+
+
+def test_files_that_are_being_written_are_waited_for(root: Path, served_model_dir: Path, tmp_path: Path) -> None:
+    pool, engine = pool_of(root, tmp_path, served_model_dir)
+    weights = root / "one" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+
+    async def ask_while_it_grows() -> Any:
+        async def grow() -> None:
+            for end in (2000, 20_000, len(whole)):
+                await asyncio.sleep(0.1)
+                weights.write_bytes(whole[:end])
+
+        growing = asyncio.create_task(grow())
+        slow = pool._copy
+
+        def copy(*given: Any) -> Any:  # as long as a large adapter takes
+            time.sleep(0.15)
+            return slow(*given)
+
+        pool._copy = copy  # type: ignore[method-assign]
+        adapter = await pool.get("one")
+        await growing
+        return adapter
+
+    adapter = asyncio.run(ask_while_it_grows())
+    assert (adapter.folder / "adapter_model.safetensors").read_bytes() == whole
+    assert len(engine.loads) == 1
+
+
+def test_a_single_adapter_may_be_links(made: Path, tmp_path: Path) -> None:
+    """As hubs keep them in their caches; no client's word leads there."""
+    (tmp_path / "polite").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "polite" / file).symlink_to(made / "v1" / file)
+    files = open_single(str(tmp_path / "polite")).files("polite")
+    assert files is not None
+    assert files.fingerprint()
+    assert open_single(str(tmp_path / "polite")).files("../polite") is None
 
 
 def test_an_adapter_that_is_taken_away_is_unknown_and_may_come_back(
