@@ -298,9 +298,7 @@ class Exchange:
 
     async def refuse_size(self, max_request_mib: float) -> None:
         message = f"The request body is larger than {max_request_mib:g} MiB, the most that this server takes."
-        # The rest of the body is not read, so the connection cannot be used again.
-        body = error_body(message, "invalid_request_error", "request_too_large")
-        await send_json(self.send, 413, body, [(b"connection", b"close")])
+        await send_json(self.send, 413, error_body(message, "invalid_request_error", "request_too_large"))
 
     async def refuse_for_now(self, reason: str, code: str, retry_after_s: float) -> None:
         seconds = max(1, math.ceil(retry_after_s))
