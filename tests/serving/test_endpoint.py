@@ -26,7 +26,6 @@ import psutil
 import pytest
 from openai import OpenAI, RateLimitError
 
-from raylm.config.load import load_config
 from raylm.config.serving import ServeConfig
 from raylm.data.encode import Encoder, Tokens
 from raylm.data.prompt import PromptEncoder
