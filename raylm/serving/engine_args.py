@@ -20,6 +20,8 @@ RESERVED = {
     "api_key": "api_key_file",
     "host": "host",
     "port": "port",
+    "ssl_certfile": "tls_cert_file",
+    "ssl_keyfile": "tls_key_file",
 }
 
 

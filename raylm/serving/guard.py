@@ -133,12 +133,15 @@ class Guard:
             await self._admit(exchange, receive)
             return
         deadline = asyncio.timeout(timeout_s)
+        reader = Reader(receive)
         try:
             async with deadline:
-                await self._admit(exchange, receive)
+                await self._admit(exchange, reader)
         except TimeoutError:
             if not deadline.expired():
                 raise  # one of the app's own
+        finally:
+            reader.close()
         if deadline.expired():
             await exchange.end_late(timeout_s)
 
@@ -148,30 +151,36 @@ class Guard:
         if gate is None:
             await self._app(exchange.inner_scope(), receive, exchange.send)
             return
-        early = None
+        reader = None
         if not gate.enter():
             place = gate.queue()
             if place is None:
                 await exchange.refuse_for_now("the queue is full", "queue_full", gate.retry_after_s())
                 return
-            early = EarlyReader(receive)
-            try:
-                await asyncio.wait((place, early.task), return_when=asyncio.FIRST_COMPLETED)
-            except BaseException:
-                gate.give_up(place)
-                early.task.cancel()
-                raise
-            if early.task.done():  # the client has gone
-                gate.give_up(place)
+            reader = receive if isinstance(receive, Reader) else Reader(receive)
+            if not await self._wait(gate, place, reader):
                 return
             exchange.queued_s = self._clock() - exchange.started
         entered = self._clock()
         try:
-            await self._app(exchange.inner_scope(), early or receive, exchange.send)
+            await self._app(exchange.inner_scope(), reader or receive, exchange.send)
         finally:
             gate.leave(self._clock() - entered)
-            if early is not None:
-                early.task.cancel()
+            if reader is not None:
+                reader.close()
+
+    async def _wait(self, gate: Gate, place: asyncio.Future[None], reader: "Reader") -> bool:
+        """Until the place is in: True; False when the client goes before."""
+        try:
+            await asyncio.wait((place, reader.task), return_when=asyncio.FIRST_COMPLETED)
+            if not reader.task.done():
+                return True
+        except BaseException:
+            gate.give_up(place)
+            reader.close()
+            raise
+        gate.give_up(place)
+        return False
 
     async def _websocket(self, scope: Message, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, send, self._clock, echo_request_id=False)
@@ -298,9 +307,7 @@ class Exchange:
 
     async def refuse_size(self, max_request_mib: float) -> None:
         message = f"The request body is larger than {max_request_mib:g} MiB, the most that this server takes."
-        # The rest of the body is not read, so the connection cannot be used again.
-        body = error_body(message, "invalid_request_error", "request_too_large")
-        await send_json(self.send, 413, body, [(b"connection", b"close")])
+        await send_json(self.send, 413, error_body(message, "invalid_request_error", "request_too_large"))
 
     async def refuse_for_now(self, reason: str, code: str, retry_after_s: float) -> None:
         seconds = max(1, math.ceil(retry_after_s))
@@ -372,10 +379,12 @@ class Exchange:
         return found
 
 
-class EarlyReader:
-    """Reads what a waiting client sends, so that its going is noticed; afterwards it is the app's `receive`.
+class Reader:
+    """Reads ahead what a client sends, and is the app's `receive`.
 
-    task: done when the client has gone. Holds at most the body, whose size is limited before.
+    So a client that goes while its request waits is noticed, and what the app has left behind listening for a
+    disconnect, as vLLM's routes do when they are cancelled, gets one at the end. Holds at most the body, whose size is
+    limited before. task: done when the client has gone.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -392,6 +401,12 @@ class EarlyReader:
         if message["type"] != "http.disconnect":  # which is told again and again
             self._messages.popleft()
         return message
+
+    def close(self) -> None:
+        """Reads no more; from now on the client is gone."""
+        self.task.cancel()
+        self._messages = deque([DISCONNECT])
+        self._arrived.set()
 
     async def _read(self) -> None:
         message: Message = {"type": ""}

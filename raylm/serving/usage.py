@@ -45,8 +45,9 @@ def watch(engine: Any) -> None:
         current = _CURRENT.get()
         if current is not None and current.over:
             raise asyncio.CancelledError  # a handler that has outlived its request
+        known = request.request_id in processor.request_states  # more input for a request that is streamed in
         add_request(request, *args, **options)
-        if current is not None:
+        if current is not None and not known:
             current.states.append(processor.request_states[request.request_id])
 
     processor.add_request = add_and_note

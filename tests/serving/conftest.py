@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.serving.door_support import KEYS
 from tests.serving.support import ENGINE, Running, running_server
 from tests.tiny import build_tiny_model
 
@@ -27,7 +28,10 @@ class SharedServer:
     def get(self) -> Running:
         if self._running is None or self._running.process.poll() is not None:
             engine = [f"engine.{key}={json.dumps(value)}" for key, value in ENGINE.items()]
-            server = running_server(self._model, self._folders.mktemp("server"), ["dtype=float32", *engine])
+            folder = self._folders.mktemp("server")
+            (folder / "keys.yaml").write_text(KEYS)
+            settings = ["dtype=float32", f"api_key_file={folder / 'keys.yaml'}", *engine]
+            server = running_server(self._model, folder, settings)
             self._running = self._stack.enter_context(server)
         return self._running
 

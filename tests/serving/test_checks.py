@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raylm.config.load import load_config
 from raylm.config.serving import ServeArgs, ServeConfig
-from raylm.errors import ClusterError, ModelError, ServingError
+from raylm.errors import ClusterError, ConfigError, ModelError, ServingError
 from raylm.serving.app import replica_environment
 from raylm.serving.checks import (
     check_draft,
@@ -20,9 +21,11 @@ from raylm.serving.checks import (
     check_port,
     check_resources,
     replica_gpus,
+    warn_of_remote_code,
     warn_without_chat_template,
 )
 from raylm.serving.endpoint import engine_reason
+from raylm.serving.engine_args import command_line
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import choose_proxy, controller_environment
 
@@ -55,6 +58,16 @@ def test_a_tokenizer_without_chat_template_is_a_warning(tmp_path: Path, caplog: 
     caplog.clear()
     warn_without_chat_template(ServeArgs(model=model, engine={"chat_template": "t.jinja"}))
     assert caplog.text == ""
+
+
+def test_code_of_the_model_runs_only_when_asked_for_and_then_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Known fault Z04."""
+    for engine, said in (({}, False), ({"trust_remote_code": False}, False), ({"trust_remote_code": True}, True)):
+        caplog.clear()
+        warn_of_remote_code(ServeArgs(model="m", engine=engine))
+        assert ("engine.trust_remote_code is on" in caplog.text) is said
+    words = command_line(ServeArgs(model="m"), "m", on_cpu=True, native_bf16=True)
+    assert "--trust-remote-code" not in words  # vLLM's default is off
 
 
 def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
@@ -124,6 +137,15 @@ def test_haproxy_stands_in_front_where_it_reaches_the_replicas(
 ) -> None:
     config = ServeConfig.model_validate({"model": "m", "proxy": proxy, "host": host})
     assert choose_proxy(config, num_nodes=num_nodes) == expected
+
+
+def test_https_is_served_by_the_python_proxy() -> None:
+    tls = {"tls_cert_file": "c", "tls_key_file": "k"}
+    assert choose_proxy(ServeConfig.model_validate({"model": "m", **tls}), num_nodes=1) == "python"
+    with pytest.raises(ConfigError, match="tls_cert_file and tls_key_file belong together"):
+        load_config(ServeConfig, {"model": "m", "tls_cert_file": "c"})
+    with pytest.raises(ConfigError, match="proxy=haproxy cannot serve HTTPS"):
+        load_config(ServeConfig, {"model": "m", "proxy": "haproxy", **tls})
 
 
 def test_each_haproxy_has_its_own_folder_and_ports() -> None:

@@ -596,6 +596,28 @@ def test_a_late_stream_ends_with_an_error_event(run: Run, kind: bytes) -> None:
     assert answer.messages[-1].get("more_body", False) is False
 
 
+@pytest.mark.parametrize("waiting", [False, True])
+def test_what_a_late_request_leaves_behind_hears_of_the_end(run: Run, waiting: bool) -> None:
+    """As vLLM's routes do: a task of their own listens for a disconnect, and is not cancelled with them."""
+
+    async def test() -> None:
+        listening: list[asyncio.Task[Any]] = []
+
+        async def app(_scope: Any, receive: Any, _send: Any) -> None:
+            await read_body(receive)
+            listening.append(asyncio.create_task(receive()))
+            await asyncio.sleep(60)
+
+        guard = behind(app, request_timeout_s=0.2, max_concurrent=1 if waiting else None)
+        first = asyncio.create_task(ask(guard))
+        second = asyncio.create_task(ask(guard))
+        assert [(await first).status, (await second).status] == [504, 504]
+        assert [message["type"] for message in await asyncio.gather(*listening)] == ["http.disconnect"] * len(listening)
+        assert len(listening) == (1 if waiting else 2)
+
+    run(test())
+
+
 def test_an_app_that_ignores_being_cancelled_is_late_all_the_same(run: Run) -> None:
     async def app(_scope: Any, _receive: Any, _send: Any) -> None:
         with pytest.raises(asyncio.CancelledError):

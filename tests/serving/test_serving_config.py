@@ -86,7 +86,8 @@ def test_engine_arguments_win_over_our_defaults_and_keep_their_types() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "field"), [("api_key", "api_key_file"), ("served_model_name", "name"), ("port", "port")]
+    ("key", "field"),
+    [("api_key", "api_key_file"), ("served_model_name", "name"), ("port", "port"), ("ssl_certfile", "tls_cert_file")],
 )
 def test_an_engine_argument_with_a_key_of_its_own_is_refused(key: str, field: str) -> None:
     with pytest.raises(ConfigError, match=f"Set {field} instead"):
