@@ -17,9 +17,9 @@ from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
 from raylm.serving.api_key import read_api_key
-from raylm.serving.app import build_app
-from raylm.serving.checks import check_model, check_port
-from raylm.serving.engine_args import check_engine_keys, model_name
+from raylm.serving.app import build_app, checked_models
+from raylm.serving.checks import check_port
+from raylm.serving.models import models_of, needs_gateway
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import LOOPBACK, front_door
 
@@ -37,7 +37,7 @@ class Endpoint:
     url: str
     """`http://HOST:PORT`; OpenAI clients take `url + "/v1"`."""
     model: str
-    """What clients send as `model`."""
+    """What clients send as `model`; of several models the first."""
     proxy: str
     """`haproxy`, `python`, or `running` where Serve was there before."""
 
@@ -69,23 +69,28 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
         app = build_app(config)
         num_nodes = sum(node["Alive"] for node in ray.nodes())
         with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
-            endpoint = Endpoint(f"http://{_client_host(door.host)}:{door.port}", model_name(config), door.proxy)
-            logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
+            endpoint = Endpoint(f"http://{_client_host(door.host)}:{door.port}", _first_name(config), door.proxy)
+            for model in models_of(config):
+                logger.info("starting %d engine(s) of %s", max(model.min_replicas, 1), model.model)
             _wait_until_ready(endpoint, config)
             yield endpoint
 
 
 def _check(config: ServeConfig) -> None:
     """What can be refused before Ray starts."""
-    check_engine_keys(config.engine)
+    needs_gateway(config)
     key = read_api_key(config.api_key_file)
     if key is None and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
-    check_model(config)
+    checked_models(config)
     import ray
 
     if not (ray.is_initialized() or config.cluster_address or os.environ.get("RAY_ADDRESS")):
         check_port(config.host, config.port)  # on a cluster, it may be the Serve there that listens on it
+
+
+def _first_name(config: ServeConfig) -> str:
+    return models_of(config)[0].name or ""
 
 
 @contextmanager
@@ -117,7 +122,7 @@ def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
         if application is not None:
             message = _message(application)
             if application.status == "DEPLOY_FAILED":
-                raise ServingError(config.model, engine_reason(message))
+                raise ServingError(config.model or "models", engine_reason(message))
             if application.status == "RUNNING" and is_ready(endpoint.url):
                 seconds = time.monotonic() - started
                 logger.info(
@@ -125,7 +130,9 @@ def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
                 )
                 return
         time.sleep(_POLL_S)
-    raise ServingError(config.model, f"did not answer within {config.start_timeout_s:g} s. {message}".strip())
+    raise ServingError(
+        config.model or "models", f"did not answer within {config.start_timeout_s:g} s. {message}".strip()
+    )
 
 
 def engine_reason(message: str) -> str:

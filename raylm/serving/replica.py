@@ -17,6 +17,7 @@ from raylm.config.serving import ServeArgs
 from raylm.errors import ServingError
 from raylm.models.folder import as_folder
 from raylm.serving.api_key import KEY_VARIABLE, RequireKey, digest
+from raylm.serving.asked_name import answer_as_asked
 from raylm.serving.engine_args import command_line
 
 _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
@@ -53,6 +54,8 @@ class Replica:
         tasks = await self._engine.get_supported_tasks()
         app = build_app(self._namespace, tasks, self._engine.model_config)
         await init_app_state(self._engine, app.state, self._namespace, tasks)
+        if len(self._namespace.served_model_name) > 1:
+            answer_as_asked(app.state.openai_serving_models)
         app.state.server = types.SimpleNamespace()  # vLLM's error handler tells its uvicorn server to stop through it
         if self._key_digest is not None:
             # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
