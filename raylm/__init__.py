@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from raylm.config import GenerateConfig, ServeConfig, SweepConfig, TrainConfig, VocabularyConfig
     from raylm.inference.generate import GenerateResult
     from raylm.merging import MergeResult
-    from raylm.serving import Endpoint
+    from raylm.serving import Deployment, Endpoint
     from raylm.training.planning.plan import Plan
     from raylm.training.run import TrainResult
     from raylm.tuning.results import SweepResult
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "deploy",
     "extend_vocabulary",
     "generate",
     "merge_adapter",
@@ -106,14 +107,28 @@ def serve(
 
     model: a model path or hub id, a YAML file of a ServeConfig, a mapping or a ServeConfig. Raises RaylmError.
     """
-    from raylm.config import ServeConfig, load_config
-
-    is_model = isinstance(model, (str, Path)) and not str(model).endswith((".yaml", ".yml"))
-    source = {"model": str(model)} if is_model else model
-    resolved = load_config(ServeConfig, source, overrides)
+    resolved = _serve_config(model, overrides)
     from raylm.serving import serve as start
 
     return start(resolved)
+
+
+def deploy(model: "str | Path | Mapping[str, Any] | ServeConfig", overrides: Overrides = ()) -> "Deployment":
+    """Hosts a model on a running cluster and leaves it there, or replaces what is deployed without losing a request.
+
+    model: as for `serve`. Returns when the new version answers. Raises RaylmError; the former version then goes on.
+    """
+    resolved = _serve_config(model, overrides)
+    from raylm.serving import deploy_app
+
+    return deploy_app(resolved)
+
+
+def _serve_config(model: "str | Path | Mapping[str, Any] | ServeConfig", overrides: Overrides) -> "ServeConfig":
+    from raylm.config import ServeConfig, load_config
+
+    is_model = isinstance(model, (str, Path)) and not str(model).endswith((".yaml", ".yml"))
+    return load_config(ServeConfig, {"model": str(model)} if is_model else model, overrides)
 
 
 def session(address: str | None = None, num_cpus: int | None = None) -> "AbstractContextManager[Any]":

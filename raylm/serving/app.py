@@ -1,7 +1,7 @@
 """The Serve application: how replicas are placed, and what `serve run` and `serve deploy` build."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,11 +22,14 @@ DIRECT = "engine"
 GATEWAY = "gateway"
 
 
-def build_app(args: ServeArgs, *, retained: Sequence[ServeArgs] = ()) -> Any:
+def build_app(
+    args: ServeArgs, *, retained: Sequence[ServeArgs] = (), versions: MutableMapping[str, str] | None = None
+) -> Any:
     """The application, for `serve.run`, for `serve run`, and as the import path of a Serve YAML.
 
     One deployment that clients reach directly, or a gateway before one deployment for each model (models.py).
     retained: behind a gateway, models of the running application that stay up although no name leads to them.
+    versions: of deployments that are to keep theirs; those of the others are added (version.py).
     Raises ModelError, ServingError or ConfigError before an engine starts, and ClusterError where Ray is connected
     and its cluster too small.
     """
@@ -34,6 +37,7 @@ def build_app(args: ServeArgs, *, retained: Sequence[ServeArgs] = ()) -> Any:
     import torch
 
     models = checked_models(args)
+    versions = {} if versions is None else versions
     key = read_api_key(args.api_key_file)
     key_digest = digest(key) if key else None
     if ray.is_initialized():
@@ -45,8 +49,8 @@ def build_app(args: ServeArgs, *, retained: Sequence[ServeArgs] = ()) -> Any:
     if not needs_gateway(args):
         settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
         replica_args = ServeArgs.model_validate({**settings, "model": models[0].model, "name": model_name(args)})
-        return _direct(replica_args, key_digest, resources)
-    return _behind_gateway(models, [*models, *retained], key_digest, resources)
+        return _direct(replica_args, key_digest, resources, versions)
+    return _behind_gateway(models, [*models, *retained], key_digest, resources, versions)
 
 
 def checked_models(args: ServeArgs) -> list[ServeArgs]:
@@ -73,7 +77,9 @@ def _naming(entry: str) -> Iterator[None]:
         raise type(error)(where, error.problem, error.remedy) from None
 
 
-def _direct(args: ServeArgs, key_digest: bytes | None, resources: Mapping[str, float]) -> Any:
+def _direct(
+    args: ServeArgs, key_digest: bytes | None, resources: Mapping[str, float], versions: MutableMapping[str, str]
+) -> Any:
     """One model, whose replicas clients reach without another hop."""
     from ray import serve
 
@@ -81,7 +87,7 @@ def _direct(args: ServeArgs, key_digest: bytes | None, resources: Mapping[str, f
 
     options = {"num_replicas": args.num_replicas} | _engine_options(args, resources)
     deployment = serve.deployment(serve.ingress()(Replica), name=DIRECT, **options)
-    return versioned(deployment, args, key_digest).bind(args, key_digest)
+    return versioned(deployment, versions, args, key_digest).bind(args, key_digest)
 
 
 def _behind_gateway(
@@ -89,6 +95,7 @@ def _behind_gateway(
     running: Sequence[ServeArgs],
     key_digest: bytes | None,
     resources: Mapping[str, float],
+    versions: MutableMapping[str, str],
 ) -> Any:
     """A gateway before the `running` models, that knows the names of `models`."""
     from ray import serve
@@ -102,7 +109,7 @@ def _behind_gateway(
         if model.routing == "prefix":
             options["request_router_config"] = {"request_router_class": "raylm.serving.prefix_router:PrefixRouter"}
         deployment = serve.deployment(EngineReplica, name=deployment_name(model), **options)
-        engines[deployment_name(model)] = versioned(deployment, model).bind(model)
+        engines[deployment_name(model)] = versioned(deployment, versions, model).bind(model)
     routes = [
         Route(deployment_name(model), tuple(names_of(model)), model.routing == "prefix", model.min_replicas == 0)
         for model in models
@@ -115,7 +122,7 @@ def _behind_gateway(
         graceful_shutdown_timeout_s=max(model.drain_timeout_s for model in running),
         **_COMMON,
     )
-    return versioned(gateway, routes, key_digest, sorted(engines)).bind(routes, engines, key_digest)
+    return versioned(gateway, versions, routes, key_digest, sorted(engines)).bind(routes, engines, key_digest)
 
 
 _COMMON: dict[str, Any] = {

@@ -16,12 +16,13 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
+from raylm.serving import history
 from raylm.serving.api_key import read_api_key
 from raylm.serving.app import build_app, checked_models
 from raylm.serving.checks import check_port
 from raylm.serving.models import models_of, needs_gateway
 from raylm.serving.processes import no_process_left
-from raylm.serving.proxy import LOOPBACK, front_door
+from raylm.serving.proxy import LOOPBACK, FrontDoor, front_door
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class Endpoint:
         while True:
             time.sleep(_WATCH_S)
             application = _application()
-            if application is None or application.status in ("DEPLOY_FAILED", "DELETING"):
+            # After an upgrade that failed, the former replicas still answer.
+            failed = application is not None and application.status == "DEPLOY_FAILED" and not is_ready(self.url)
+            if application is None or application.status == "DELETING" or failed:
                 raise ServingError(self.model, "is no longer served: the application was deleted, or failed for good.")
 
 
@@ -61,19 +64,21 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
     _check(config)
     with (
         no_process_left() as descendants,
-        _quiet_serve_logger(),
+        quiet_serve_logger(),
         ray_session(config.cluster_address, num_cpus=os.cpu_count() or 1) as ray,
         _terminated_like_interrupted(),  # after Ray, whose own handler ends the process within seconds
         descendants.noted(),
     ):
-        app = build_app(config)
+        versions: dict[str, str] = {}
+        app = build_app(config, versions=versions)
         num_nodes = sum(node["Alive"] for node in ray.nodes())
         with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
-            endpoint = Endpoint(f"http://{_client_host(door.host)}:{door.port}", _first_name(config), door.proxy)
+            endpoint = Endpoint(client_url(door), _first_name(config), door.proxy)
             for model in models_of(config):
                 logger.info("starting %d engine(s) of %s", max(model.min_replicas, 1), model.model)
             _wait_until_ready(endpoint, config)
-            yield endpoint
+            with _on_record(config, versions):
+                yield endpoint
 
 
 def _check(config: ServeConfig) -> None:
@@ -110,6 +115,16 @@ def _deployed(app: Any) -> Iterator[None]:
         serve.delete(APP_NAME)
 
 
+@contextmanager
+def _on_record(config: ServeConfig, versions: dict[str, str]) -> Iterator[None]:
+    """Lets `raylm deploy` upgrade what runs, and roll back to it."""
+    history.append(config, versions, has_key=read_api_key(config.api_key_file) is not None)
+    try:
+        yield
+    finally:
+        history.clear()
+
+
 def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
     """Returns when the application runs and its address answers.
 
@@ -120,7 +135,7 @@ def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
     while time.monotonic() - started < config.start_timeout_s:
         application = _application()
         if application is not None:
-            message = _message(application)
+            message = message_of(application)
             if application.status == "DEPLOY_FAILED":
                 raise ServingError(config.model or "models", engine_reason(message))
             if application.status == "RUNNING" and is_ready(endpoint.url):
@@ -161,15 +176,16 @@ def _application() -> Any:
     return serve.status().applications.get(APP_NAME)
 
 
-def _message(application: Any) -> str:
+def message_of(application: Any) -> str:
+    """What Serve says of an application and its deployments."""
     parts = [application.message, *(deployment.message for deployment in application.deployments.values())]
     return "\n".join(part for part in parts if part)
 
 
-def _client_host(host: str) -> str:
-    """The host a client on this machine uses for a server that listens on `host`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
+def client_url(door: FrontDoor) -> str:
+    """The address a client on this machine uses."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(door.host, door.host)
+    return f"http://[{host}]:{door.port}" if ":" in host else f"http://{host}:{door.port}"
 
 
 @contextmanager
@@ -190,7 +206,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_serve_logger() -> Iterator[None]:
+def quiet_serve_logger() -> Iterator[None]:
     """Serve writes its own progress to stderr at INFO; ours is enough."""
     import ray.serve  # noqa: F401  (it sets its level when it is imported)
 

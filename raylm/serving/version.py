@@ -7,6 +7,7 @@ would start the others anew. Files count by name, size and time: weights that we
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from raylm.config.serving import ServeArgs
 from raylm.models.folder import as_folder
 
 
-def versioned(deployment: Any, *made_of: Any) -> Any:
-    """The Serve deployment with the version of its constructor's arguments."""
-    return deployment.options(version=fingerprint(*made_of), _internal=True)  # Ray 2.60 has no public way
+def versioned(deployment: Any, versions: MutableMapping[str, str], *made_of: Any) -> Any:
+    """The Serve deployment with the version it has in `versions` by its name, else with that of `made_of`, which is
+    noted there."""
+    version = versions.setdefault(deployment.name, fingerprint(*made_of))
+    return deployment.options(version=version, _internal=True)  # Ray 2.60 has no public way
 
 
 def fingerprint(*made_of: Any) -> str:
