@@ -37,6 +37,8 @@ def build_app(
     import torch
 
     models = checked_models(args)
+    for model in models:
+        warn_without_chat_template(model)
     versions = {} if versions is None else versions
     key = read_api_key(args.api_key_file)
     key_digest = digest(key) if key else None
@@ -62,7 +64,6 @@ def checked_models(args: ServeArgs) -> list[ServeArgs]:
     for index, model in enumerate(models_of(args)):
         with _naming(f"models.{index} ({model.name})" if args.models else ""):
             check_engine_keys(model.engine)
-            warn_without_chat_template(model)
             checked.append(model.model_copy(update={"model": check_model(model)}))
     return checked
 

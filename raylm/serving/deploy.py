@@ -18,8 +18,17 @@ from raylm.errors import ClusterError, RaylmError, ServingError
 from raylm.ray_session import ray_session
 from raylm.serving import history
 from raylm.serving.api_key import read_api_key
-from raylm.serving.app import DIRECT, build_app, checked_models
-from raylm.serving.endpoint import APP_NAME, client_url, engine_reason, is_ready, message_of, quiet_serve_logger
+from raylm.serving.app import DIRECT, build_app
+from raylm.serving.checks import replica_gpus
+from raylm.serving.endpoint import (
+    APP_NAME,
+    check_config,
+    client_url,
+    engine_reason,
+    is_ready,
+    message_of,
+    quiet_serve_logger,
+)
 from raylm.serving.history import Revision
 from raylm.serving.models import deployment_name, models_of, names_of, needs_gateway
 from raylm.serving.proxy import lasting_front_door, running_front_door, shut_down_if_empty
@@ -27,6 +36,7 @@ from raylm.serving.proxy import lasting_front_door, running_front_door, shut_dow
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_ROOM_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +64,8 @@ def deploy_app(config: ServeConfig) -> Deployment:
     `cluster_address`, RAY_ADDRESS, or the cluster of this machine.
     Raises RaylmError; whatever fails, an application that ran before goes on running as it was.
     """
-    needs_gateway(config)
+    check_config(config)
     history.check_storable(config)
-    checked_models(config)
     with _cluster(config.cluster_address):
         former = next(reversed(history.revisions()), None)
         return _replace(config, former, {})
@@ -130,7 +139,7 @@ def _replace(
             raise ServingError(error.where, error.problem, "The former version goes on answering.") from None
         raise
     if going_back:
-        history.drop_last()
+        history.go_back(versions)
     else:
         history.append(config, versions, has_key=read_api_key(config.api_key_file) is not None)
     return _described()
@@ -172,23 +181,33 @@ def _check_shape(config: ServeConfig, running: Any) -> None:
 
 
 def _check_room(config: ServeConfig, known: dict[str, str], versions: dict[str, str]) -> None:
-    """Raises ClusterError when the new version does not fit beside the old one."""
+    """Raises ClusterError when the new version does not fit beside the old one, even after replicas that are on their
+    way out have gone."""
     import ray
 
-    new, changed = 0.0, 0.0
-    for model in models_of(config):
-        name = deployment_name(model) if needs_gateway(config) else DIRECT
-        if name not in known:
-            new += max(model.min_replicas, 1) * model.num_cpus
-        elif known[name] != versions[name]:
-            changed = max(changed, model.num_cpus)
-    needed, free = new + changed, ray.available_resources().get("CPU", 0.0)
-    if needed > free:
-        raise ClusterError(
-            "cluster",
-            f"an upgrade runs the new version beside the old one: it needs {needed:g} more CPUs, {free:g} are free.",
-            "Add a node, or delete the application first: raylm deploy --delete",
-        )
+    resources = ray.cluster_resources()
+    needed = {"CPU": 0.0, "GPU": 0.0}
+    for kind in needed:
+        changed = 0.0
+        for model in models_of(config):
+            name = deployment_name(model) if needs_gateway(config) else DIRECT
+            each = float(model.num_cpus) if kind == "CPU" else replica_gpus(model, resources)
+            if name not in known:
+                needed[kind] += max(model.min_replicas, 1) * each
+            elif known[name] != versions[name]:
+                changed = max(changed, each)  # one after the other
+        needed[kind] += changed
+    deadline = time.monotonic() + _ROOM_S
+    while lacking := [kind for kind in needed if needed[kind] > ray.available_resources().get(kind, 0.0)]:
+        if time.monotonic() > deadline:
+            kind = lacking[0]
+            raise ClusterError(
+                "cluster",
+                f"an upgrade runs the new version beside the old one: it needs {needed[kind]:g} {kind}s more than are "
+                "in use now.",
+                "Add a node, or delete the application first: raylm deploy --delete",
+            )
+        time.sleep(_POLL_S)
 
 
 def _leaving(config: ServeConfig, former: Revision) -> list[Any]:

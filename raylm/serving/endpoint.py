@@ -83,15 +83,20 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
 
 def _check(config: ServeConfig) -> None:
     """What can be refused before Ray starts."""
+    check_config(config)
+    import ray
+
+    if not (ray.is_initialized() or config.cluster_address or os.environ.get("RAY_ADDRESS")):
+        check_port(config.host, config.port)  # on a cluster, it may be the Serve there that listens on it
+
+
+def check_config(config: ServeConfig) -> None:
+    """What the configuration and the files it names tell by themselves. Raises RaylmError; warns of an open door."""
     needs_gateway(config)
     key = read_api_key(config.api_key_file)
     if key is None and config.host not in LOOPBACK:
         logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
     checked_models(config)
-    import ray
-
-    if not (ray.is_initialized() or config.cluster_address or os.environ.get("RAY_ADDRESS")):
-        check_port(config.host, config.port)  # on a cluster, it may be the Serve there that listens on it
 
 
 def _first_name(config: ServeConfig) -> str:

@@ -81,6 +81,7 @@ class GatewayApp:
     def __init__(self, engines: list[tuple[Route, Any]]) -> None:
         self._all = engines
         self._by_name = {name: engine for engine in engines for name in engine[0].names}
+        self._cards: dict[Route, list[Any]] = {}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -155,23 +156,27 @@ class GatewayApp:
             await _respond(send, 503, _error("The engine was lost.", "ServiceUnavailable", None, 503), retry=True)
 
     async def _models(self, scope: Message, send: Send) -> None:
-        """The cards of all engines as one list."""
+        """The cards of all engines as one list; one that sleeps is listed as it was, or by its names."""
         cards: list[Any] = []
-        for answers in await self._ask_all(scope, one_replica=True):
-            for status, body in answers:
-                if status != 200:
-                    await _respond(send, status, body)
-                    return
-                cards += json.loads(body)["data"]
+        for found, (route, _) in zip(await self._ask_all(scope), self._all, strict=True):
+            status, body = next(iter(found), (0, b""))
+            if status == 200:
+                self._cards[route] = json.loads(body)["data"]
+            elif status:
+                await _respond(
+                    send, status, body or _error("An engine does not answer.", "ServiceUnavailable", None, status)
+                )
+                return
+            cards += self._cards.get(route) or [{"id": name, "object": "model"} for name in route.names]
         await _respond(send, 200, json.dumps({"object": "list", "data": cards}).encode())
 
     async def _health(self, scope: Message, send: Send) -> None:
-        """200 when every replica of every engine is well."""
-        answers = await self._ask_all(scope)
-        well = all(
-            all(status == 200 for status, _ in found) and (found or route.may_sleep)
-            for found, (route, _) in zip(answers, self._all, strict=True)
-        )
+        """200 when every replica of every engine is well. One that may sleep is Serve's to look after: asking it might
+        keep it awake."""
+        awake = [(route, handle) for route, handle in self._all if not route.may_sleep]
+        request = request_of(scope, b"")
+        answers = await asyncio.gather(*(_ask(handle, request) for _, handle in awake))
+        well = all(found and all(status == 200 for status, _ in found) for found in answers)
         await _respond(send, 200 if well else 503, b"")
 
     async def _metrics(self, scope: Message, send: Send) -> None:
@@ -184,10 +189,10 @@ class GatewayApp:
                     pages.append((labels, body.decode()))
         await _respond(send, 200, merged(pages).encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
-    async def _ask_all(self, scope: Message, *, one_replica: bool = False) -> list[list[tuple[int, bytes]]]:
+    async def _ask_all(self, scope: Message) -> list[list[tuple[int, bytes]]]:
         """Status and body of each engine's replicas: none where there is no replica, 503 where one does not answer."""
         request = request_of(scope, b"")
-        return list(await asyncio.gather(*(_ask(handle, request, one_replica) for _, handle in self._all)))
+        return list(await asyncio.gather(*(_ask(handle, request) for _, handle in self._all)))
 
 
 _OF_ALL = {
@@ -197,13 +202,11 @@ _OF_ALL = {
 }
 
 
-async def _ask(handle: Any, request: dict[str, Any], one_replica: bool) -> list[tuple[int, bytes]]:
+async def _ask(handle: Any, request: dict[str, Any]) -> list[tuple[int, bytes]]:
     from ray.exceptions import RayError
     from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
     try:
-        if one_replica:
-            return [await asyncio.wait_for(handle.answer.remote(request), _SHORT_S)]
         found = await handle.broadcast("answer", request).results_async(timeout_s=_SHORT_S, return_exceptions=True)
     except DeploymentUnavailableError:
         return []

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from raylm.config.serving import ServeConfig
@@ -71,9 +71,10 @@ def append(config: ServeConfig, versions: Mapping[str, str], *, has_key: bool) -
     return revision
 
 
-def drop_last() -> None:
-    """Forgets the running one: the one before is running again."""
-    _store(revisions()[:-1])
+def go_back(versions: Mapping[str, str]) -> None:
+    """Notes that the one before the last is running again, under these versions."""
+    *older, before, _ = revisions()
+    _store([*older, replace(before, versions=dict(versions))])
 
 
 def clear() -> None:

@@ -161,10 +161,11 @@ def controller_environment(proxy: str, scratch: str, *, lasting: bool = False) -
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": scratch,
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(Path(scratch) / "server-state"),
             # Each new list of replicas is a new HAProxy process; the old one has so long for the answers it carries.
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600" if lasting else "2",
+            # At shutdown both are killed.
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
             # A replica that goes takes requests until HAProxy knows. A block ends when its user wants it to: in-flight
             # requests are still waited for.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3" if lasting else "0",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5" if lasting else "0",
         }
     return environment
 
