@@ -110,7 +110,7 @@ def _deployed(app: Any) -> Iterator[None]:
 
     if _application() is not None:
         raise ServingError(
-            "cluster", f"runs an application {APP_NAME!r} already.", f"Delete it first: serve.delete({APP_NAME!r})"
+            "cluster", f"runs an application {APP_NAME!r} already.", "Delete it first: raylm deploy --delete"
         )
     try:
         serve.run_many([serve.RunTarget(app, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _SHORT_S = 10.0
+_LIST_S = 1.0
 _UP = ("HEALTHY", "UNHEALTHY", "UPSCALING", "DOWNSCALING")
 _FORM_MODEL = re.compile(rb'name="model"\r\n\r\n(.*?)\r\n')
 
@@ -82,6 +84,7 @@ class GatewayApp:
         self._all = engines
         self._by_name = {name: engine for engine in engines for name in engine[0].names}
         self._cards: dict[Route, list[Any]] = {}
+        self._listed = -_LIST_S
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -98,12 +101,12 @@ class GatewayApp:
     async def _answer(self, scope: Message, body: bytes, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         scope = copied(scope, path=path, raw_path=path.encode())
-        if scope["method"] in ("GET", "HEAD") and path in _OF_ALL:
+        if scope["method"] == "GET" and path in _OF_ALL:
             await _OF_ALL[path](self, scope, send)
             return
         content = _content(body)
         name = content.get("model") if isinstance(content, Mapping) else _form_model(scope, body)
-        engine = self._engine(name)
+        engine = self._engine(name) or await self._lister(name, scope)
         if engine is not None:
             await self._pass_on(engine, scope, body, content, send)
         elif name is None or name == "":
@@ -112,11 +115,23 @@ class GatewayApp:
             await _respond(send, 404, _error(f"The model `{name}` does not exist.", "NotFoundError", "model", 404))
 
     def _engine(self, name: Any) -> tuple[Route, Any] | None:
-        """The engine that a name leads to. An adapter is `model:adapter`; a lone engine knows its adapters' names."""
+        """The engine that a name leads to. An adapter is `model:adapter`; a lone engine knows what else it has."""
         if not isinstance(name, str) or not name:
             return None
         exact = self._by_name.get(name) or self._by_name.get(name.partition(":")[0])
         return exact or (self._all[0] if len(self._all) == 1 else None)
+
+    async def _lister(self, name: Any, scope: Message) -> tuple[Route, Any] | None:
+        """The engine that lists the name without having been configured with it: the bare name of an adapter.
+
+        The lists are asked for once a second at most, however many unknown names come.
+        """
+        if not isinstance(name, str) or not name:
+            return None
+        if time.monotonic() - self._listed >= _LIST_S:
+            self._listed = time.monotonic()
+            await self._list(scope)
+        return next((e for e in self._all if any(card["id"] == name for card in self._cards.get(e[0], []))), None)
 
     async def _without_name(self, scope: Message, body: bytes, content: Any, send: Send) -> None:
         """A request that names no model: what only one engine could mean, or what each would answer alike."""
@@ -157,18 +172,25 @@ class GatewayApp:
 
     async def _models(self, scope: Message, send: Send) -> None:
         """The cards of all engines as one list; one that sleeps is listed as it was, or by its names."""
-        cards: list[Any] = []
-        for found, (route, _) in zip(await self._ask_all(scope), self._all, strict=True):
+        failed = await self._list(scope)
+        if failed:
+            await _respond(send, failed, _error("An engine does not answer.", "ServiceUnavailable", None, failed))
+            return
+        cards = []
+        for route, _ in self._all:
+            cards += self._cards.get(route) or [{"id": name, "object": "model"} for name in route.names]
+        await _respond(send, 200, json.dumps({"object": "list", "data": cards}).encode())
+
+    async def _list(self, scope: Message) -> int:
+        """Asks the engines that are awake for their cards. Returns the status of one that fails, else 0."""
+        request = copied(scope, method="GET", path="/v1/models", raw_path=b"/v1/models", query_string=b"", headers=[])
+        failed = 0
+        for found, (route, _) in zip(await self._ask_all(request), self._all, strict=True):
             status, body = next(iter(found), (0, b""))
             if status == 200:
                 self._cards[route] = json.loads(body)["data"]
-            elif status:
-                await _respond(
-                    send, status, body or _error("An engine does not answer.", "ServiceUnavailable", None, status)
-                )
-                return
-            cards += self._cards.get(route) or [{"id": name, "object": "model"} for name in route.names]
-        await _respond(send, 200, json.dumps({"object": "list", "data": cards}).encode())
+            failed = failed or (status if status != 200 else 0)
+        return failed
 
     async def _health(self, scope: Message, send: Send) -> None:
         """200 when every replica of every engine is well. One that may sleep is Serve's to look after: asking it might

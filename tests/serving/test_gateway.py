@@ -1,4 +1,5 @@
-"""Two models behind one gateway, as a client sees them: one server for the module, behind HAProxy.
+"""Two models behind one gateway, as a client sees them: one server for the module, behind HAProxy, and a slow
+one behind the Python proxy.
 
 The second model has a long context, so that an answer can be cut off while it is written.
 """
@@ -48,8 +49,10 @@ class Running:
         return float(value)
 
 
-@pytest.fixture(scope="module")
-def server(ray_cluster: Any, served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("python", marks=pytest.mark.slow)])
+def server(
+    request: pytest.FixtureRequest, ray_cluster: Any, served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("gateway")
     (folder / "key").write_text(KEY)
     long = build_tiny_model(
@@ -64,9 +67,10 @@ def server(ray_cluster: Any, served_model_dir: Path, tmp_path_factory: pytest.Te
         "dtype": "float32",
         "api_key_file": str(folder / "key"),
         "port": free_port(),
+        "proxy": request.param,
     }
     with serve(load_config(ServeConfig, config)) as endpoint:
-        assert endpoint.proxy == "haproxy"
+        assert endpoint.proxy == request.param
         yield Running(endpoint.url, {"org/first": served_model_dir, "long": long})
 
 
