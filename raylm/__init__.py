@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from raylm.distillation import DistillResult
     from raylm.inference.generate import GenerateResult
     from raylm.merging import MergeResult
-    from raylm.serving import Endpoint
+    from raylm.serving import Deployment, Endpoint
     from raylm.serving.speculation_bench import BenchResult
     from raylm.training.planning.plan import Plan
     from raylm.training.run import TrainResult
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "bench_speculation",
+    "deploy",
     "distill_draft",
     "extend_vocabulary",
     "generate",
@@ -114,6 +115,17 @@ def serve(
     from raylm.serving import serve as start
 
     return start(resolved)
+
+
+def deploy(model: "str | Path | Mapping[str, Any] | ServeConfig", overrides: Overrides = ()) -> "Deployment":
+    """Hosts a model on a running cluster and leaves it there, or replaces what is deployed without losing a request.
+
+    model: as for `serve`. Returns when the new version answers. Raises RaylmError; the former version then goes on.
+    """
+    resolved = _serve_config(model, overrides)
+    from raylm.serving import deploy_app
+
+    return deploy_app(resolved)
 
 
 def _serve_config(model: "str | Path | Mapping[str, Any] | ServeConfig", overrides: Overrides) -> "ServeConfig":

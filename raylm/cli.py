@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("model", help="hub id, folder, GGUF file, or YAML of a server")
     serve.add_argument("--adapter", metavar="DIR", help="LoRA adapter to serve beside the model")
     _overrides(serve)
+    deploy = _command(commands, "deploy", _deploy, "host a model on a running cluster, or replace what is deployed")
+    deploy.add_argument("model", nargs="?", help="hub id, folder, GGUF file, or YAML of a server")
+    others = deploy.add_mutually_exclusive_group()
+    others.add_argument("--status", action="store_true", help="say what is deployed")
+    others.add_argument("--rollback", action="store_true", help="put the former version back")
+    others.add_argument("--delete", action="store_true", help="end what is deployed")
+    _overrides(deploy)
     chat = _command(commands, "chat", _chat, "talk to a model or a running server in the terminal")
     chat.add_argument("target", metavar="MODEL_OR_URL", help="hub id, folder, GGUF file, or http://… of a server")
     chat.add_argument("--adapter", metavar="DIR", help="LoRA adapter to talk to (of a running server: its name)")
@@ -348,6 +355,38 @@ def _bench(options: Any) -> None:
 def _with_adapter(options: Any) -> list[str]:
     """The settings of a command with its --adapter among them."""
     return [*([f"adapter={json.dumps(options.adapter)}"] if options.adapter else []), *options.overrides]
+
+
+def _deploy(options: Any) -> None:
+    given = [item for item in (options.model, *options.overrides) if item is not None]
+    if not (options.status or options.rollback or options.delete):
+        if not given or "=" in given[0]:
+            raise ConfigError("raylm deploy", "has no model.", "Give a model, or --status, --rollback or --delete.")
+        _print_deployment(raylm.deploy(given[0], given[1:]), as_json=options.json)
+        return
+    from raylm.serving import delete, deployed, roll_back
+
+    unknown = next((item for item in given if not item.startswith("cluster_address=")), None)
+    if unknown is not None:
+        raise ConfigError(unknown, "goes with a new version.", "Only cluster_address=… goes with this option.")
+    address = given[-1].partition("=")[2] if given else None
+    if options.delete:
+        delete(address)
+        print(json.dumps({"deleted": True}) if options.json else "deleted")
+    else:
+        _print_deployment(roll_back(address) if options.rollback else deployed(address), as_json=options.json)
+
+
+def _print_deployment(found: Any, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    print(f"address         {found.url}/v1")
+    print(f"revision        {found.revision}, {found.status}")
+    print(*(f"model           {', '.join(names)}" for names in found.models), sep="\n")
+    print(f"replicas        {', '.join(f'{name} {count}' for name, count in found.replicas.items())}")
+    if found.before:
+        print("go back         raylm deploy --rollback")
 
 
 def _curl(url: str, model: str) -> str:

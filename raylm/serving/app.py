@@ -1,9 +1,12 @@
 """The Serve application: how replicas are placed, and what `serve run` and `serve deploy` build."""
 
 import os
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from raylm.config.serving import ServeArgs
+from raylm.errors import RaylmError
 from raylm.serving.adapters import resolve_adapters
 from raylm.serving.checks import (
     check_draft,
@@ -13,66 +16,177 @@ from raylm.serving.checks import (
     warn_of_remote_code,
     warn_without_chat_template,
 )
-from raylm.serving.engine_args import check_engine_keys, model_name
-from raylm.serving.guard import guard_settings
+from raylm.serving.engine_args import check_engine_keys
+from raylm.serving.guard import GuardSettings, guard_settings
+from raylm.serving.models import deployment_name, models_of, names_of, needs_gateway
+from raylm.serving.version import versioned
 
 # The engine queues by itself and batches what it gets, so Serve must not hold requests back.
 MAX_ONGOING_REQUESTS = 100_000
 
 
-def build_app(args: ServeArgs) -> Any:
+DIRECT = "engine"
+"""Name of the deployment that clients reach without a gateway."""
+GATEWAY = "gateway"
+
+
+def build_app(
+    args: ServeArgs, *, retained: Sequence[ServeArgs] = (), versions: MutableMapping[str, str] | None = None
+) -> Any:
     """The application, for `serve.run`, for `serve run`, and as the import path of a Serve YAML.
 
+    One deployment that clients reach directly, or a gateway before one deployment for each model (models.py).
+    retained: behind a gateway, models of the running application that stay up although no name leads to them.
+    versions: of deployments that are to keep theirs; those of the others are added (version.py).
     Raises ModelError, ServingError or ConfigError before an engine starts, and ClusterError where Ray is connected
     and its cluster too small.
     """
     import ray
     import torch
+
+    if ray.is_initialized():
+        resources = ray.cluster_resources()
+        check_resources(models_of(args), resources)
+    else:
+        # `serve run` builds the application before it connects: this machine stands for the cluster then.
+        resources = {"GPU": float(torch.cuda.device_count())}
+    models = checked_models(args, resources, warn=True)
+    versions = {} if versions is None else versions
+    guard = guard_settings(args)
+    if not needs_gateway(args):
+        return _direct(models[0], guard, resources, versions)
+    return _behind_gateway(models, [*models, *retained], guard, resources, versions)
+
+
+def checked_models(
+    args: ServeArgs, resources: Mapping[str, float] | None = None, *, warn: bool = False
+) -> list[ServeArgs]:
+    """The models one by one, with the paths in them as a replica with another working directory finds them.
+
+    resources: of the cluster, as far as it is known. Raises ModelError, ServingError or ConfigError, naming the entry
+    of `models`.
+    """
+    checked = []
+    for index, model in enumerate(models_of(args)):
+        with _naming(f"models.{index} ({model.name})" if args.models else ""):
+            check_engine_keys(model.engine)
+            found: dict[str, Any] = {"model": check_model(model)}
+            use_gpu = resources is None or replica_gpus(model, resources) > 0
+            found |= {"speculation": check_draft(model, use_gpu=use_gpu), **resolve_adapters(model, warn=warn)}
+            if warn:
+                warn_without_chat_template(model)
+                warn_of_remote_code(model)
+            checked.append(model.model_copy(update=found))
+    return checked
+
+
+@contextmanager
+def _naming(entry: str) -> Iterator[None]:
+    """Errors of the block say which entry they are about."""
+    try:
+        yield
+    except RaylmError as error:
+        where = f"{entry}: {error.where}" if entry else error.where
+        raise type(error)(where, error.problem, error.remedy) from None
+
+
+def _direct(
+    args: ServeArgs, guard: GuardSettings, resources: Mapping[str, float], versions: MutableMapping[str, str]
+) -> Any:
+    """One model, whose replicas clients reach without another hop."""
     from ray import serve
 
     from raylm.serving.replica import Replica
 
-    check_engine_keys(args.engine)
-    warn_without_chat_template(args)
-    warn_of_remote_code(args)
-    guard = guard_settings(args)
-    settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
-    settings |= resolve_adapters(args)
-    if ray.is_initialized():
-        resources = ray.cluster_resources()
-        check_resources(args, resources)
-    else:
-        # `serve run` builds the application before it connects: this machine stands for the cluster then.
-        resources = {"GPU": float(torch.cuda.device_count())}
+    options = {"num_replicas": args.num_replicas} | _engine_options(args, resources)
+    deployment = serve.deployment(serve.ingress()(Replica), name=DIRECT, **options)
+    return versioned(deployment, versions, args, guard).bind(args, guard)
+
+
+def _behind_gateway(
+    models: Sequence[ServeArgs],
+    running: Sequence[ServeArgs],
+    guard: GuardSettings,
+    resources: Mapping[str, float],
+    versions: MutableMapping[str, str],
+) -> Any:
+    """A gateway before the `running` models, that knows the names of `models`."""
+    from ray import serve
+
+    from raylm.serving.gateway import Gateway, Route
+    from raylm.serving.relay import EngineReplica
+
+    engines = {}
+    for model in running:
+        options = _replica_count(model) | _engine_options(model, resources, alone=len(running) == 1)
+        if model.routing == "prefix":
+            options["request_router_config"] = {"request_router_class": "raylm.serving.prefix_router:PrefixRouter"}
+        deployment = serve.deployment(EngineReplica, name=deployment_name(model), **options)
+        engines[deployment_name(model)] = versioned(deployment, versions, model).bind(model)
+    routes = [
+        Route(deployment_name(model), tuple(names_of(model)), model.routing == "prefix", model.min_replicas == 0)
+        for model in models
+    ]
+    gateway = serve.deployment(
+        serve.ingress()(Gateway),
+        name=GATEWAY,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=max(model.drain_timeout_s for model in running),
+        **_COMMON,
+    )
+    return versioned(gateway, versions, routes, guard, sorted(engines)).bind(routes, engines, guard)
+
+
+_COMMON: dict[str, Any] = {
+    "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+    "max_surge_percent": 100,  # an upgrade starts the new replica and waits for it before it stops the old one
+    "graceful_shutdown_wait_loop_s": 0.5,
+    "health_check_period_s": 5,
+    "logging_config": {"enable_access_log": False},
+}
+
+
+def _engine_options(args: ServeArgs, resources: Mapping[str, float], *, alone: bool = True) -> dict[str, Any]:
+    """What every deployment of an engine gets. alone: no other model's engine is on the same node."""
     gpus = replica_gpus(args, resources)
-    settings |= {"model": check_model(args), "name": model_name(args)}
-    replica_args = ServeArgs.model_validate({**settings, "speculation": check_draft(args, use_gpu=gpus > 0)})
-    deployment = serve.deployment(
-        serve.ingress()(Replica),
-        name="engine",
-        num_replicas=args.num_replicas,
-        ray_actor_options={
+    return {
+        "ray_actor_options": {
             "num_cpus": args.num_cpus,
             "num_gpus": gpus,
-            "runtime_env": {"env_vars": replica_environment(args, on_cpu=gpus == 0)},
+            "runtime_env": {"env_vars": replica_environment(args, on_cpu=gpus == 0, alone=alone)},
         },
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_constructor_retry_count=1,  # an engine that fails once fails again: say why instead
-        health_check_period_s=5,
-        logging_config={"enable_access_log": False},
-    )
-    return deployment.bind(replica_args, guard)
+        "max_constructor_retry_count": 1,  # an engine that fails once fails again: say why instead
+        "graceful_shutdown_timeout_s": args.drain_timeout_s,
+        **_COMMON,
+    }
 
 
-def replica_environment(args: ServeArgs, *, on_cpu: bool) -> dict[str, str]:
+def _replica_count(args: ServeArgs) -> dict[str, Any]:
+    """A number, or bounds. At first one replica runs even where the minimum is none: a bad model shows at once."""
+    if not args.is_autoscaled:
+        return {"num_replicas": args.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": args.min_replicas,
+            "max_replicas": args.max_replicas,
+            "initial_replicas": max(args.min_replicas, 1),
+            "target_ongoing_requests": args.target_ongoing_requests,
+            "downscale_delay_s": args.downscale_delay_s,
+        }
+    }
+
+
+def replica_environment(args: ServeArgs, *, on_cpu: bool, alone: bool = True) -> dict[str, str]:
     """Variables of the replica's process and of its engine's.
 
     Without GPU the engine's process computes by itself instead of starting a worker: one start-up and one hop less.
-    Its threads run unbound, as many as the machine has cores; of several replicas on a node, on `num_cpus` each.
+    Its threads run unbound, as many as the machine has cores; of several replicas, or models (not `alone`), on a node,
+    on `num_cpus` each.
     """
     environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if on_cpu:
-        threads = args.num_cpus if args.num_replicas > 1 else os.cpu_count() or 1
+        threads = (os.cpu_count() or 1) if alone and args.max_replicas == 1 else args.num_cpus
         environment |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # AsyncLLM still has its engine process; the worker joins it
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,22 @@ def replica_gpus(args: ServeArgs, resources: Mapping[str, float]) -> float:
     return float(args.engine.get("tensor_parallel_size", 1)) if resources.get("GPU") else 0.0
 
 
-def check_resources(args: ServeArgs, resources: Mapping[str, float]) -> None:
-    """Raises ClusterError when the cluster, whatever else runs on it, is too small for the replicas."""
-    for kind, per_replica in (("CPU", float(args.num_cpus)), ("GPU", replica_gpus(args, resources))):
-        needed, there = args.num_replicas * per_replica, resources.get(kind, 0.0)
+def check_resources(models: Sequence[ServeArgs], resources: Mapping[str, float]) -> None:
+    """Raises ClusterError when the cluster, whatever else runs on it, is too small for the replicas that start."""
+    for kind, per_replica in (("CPU", _cpus), ("GPU", lambda args: replica_gpus(args, resources))):
+        counts = [(max(args.min_replicas, 1), per_replica(args)) for args in models]
+        needed, there = sum(count * each for count, each in counts), resources.get(kind, 0.0)
         if needed > there:
+            what = " and ".join(f"{count} replicas of {each:g} {kind}s" for count, each in counts)
             raise ClusterError(
                 "num_replicas",
-                f"{args.num_replicas} replicas of {per_replica:g} {kind}s need {needed:g}, the cluster has {there:g}.",
+                f"{what} need {needed:g}, the cluster has {there:g}.",
                 f"Ask for fewer replicas, or set num_{kind.lower()}s.",
             )
+
+
+def _cpus(args: ServeArgs) -> float:
+    return float(args.num_cpus)
 
 
 def _check_length(args: ServeArgs, config: Mapping[str, Any]) -> None:

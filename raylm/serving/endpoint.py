@@ -17,14 +17,15 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
-from raylm.serving.adapters import resolve_adapters
+from raylm.serving import history
 from raylm.serving.api_key import read_api_keys
-from raylm.serving.app import build_app
+from raylm.serving.app import build_app, checked_models
 from raylm.serving.chat_page import chat_page_beside, check_gradio
-from raylm.serving.checks import check_draft, check_model, check_port, check_tls
-from raylm.serving.engine_args import adapter_model, check_engine_keys, model_name
+from raylm.serving.checks import check_port, check_tls
+from raylm.serving.engine_args import adapter_model, model_name
+from raylm.serving.models import models_of, needs_gateway
 from raylm.serving.processes import no_process_left
-from raylm.serving.proxy import LOOPBACK, front_door
+from raylm.serving.proxy import LOOPBACK, FrontDoor, front_door
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Endpoint:
     url: str
     """`http://HOST:PORT`, or https with TLS; OpenAI clients take `url + "/v1"`."""
     model: str
-    """What clients send as `model`."""
+    """What clients send as `model`; of several models the first."""
     proxy: str
     """`haproxy`, `python`, or `running` where Serve was there before."""
     chat_page: str | None = None
@@ -53,7 +54,9 @@ class Endpoint:
         while True:
             time.sleep(_WATCH_S)
             application = _application()
-            if application is None or application.status in ("DEPLOY_FAILED", "DELETING"):
+            # After an upgrade that failed, the former replicas still answer.
+            failed = application is not None and application.status == "DEPLOY_FAILED" and not is_ready(self.url)
+            if application is None or application.status == "DELETING" or failed:
                 raise ServingError(self.model, "is no longer served: the application was deleted, or failed for good.")
 
 
@@ -68,39 +71,44 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
     _check(config)
     with (
         no_process_left() as descendants,
-        _quiet_serve_logger(),
+        quiet_serve_logger(),
         ray_session(config.cluster_address, num_cpus=os.cpu_count() or 1) as ray,
         _terminated_like_interrupted(),  # after Ray, whose own handler ends the process within seconds
         descendants.noted(),
     ):
-        app = build_app(config)
+        versions: dict[str, str] = {}
+        app = build_app(config, versions=versions)
         num_nodes = sum(node["Alive"] for node in ray.nodes())
         with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
-            url = f"{'https' if door.has_tls else 'http'}://{_client_host(door.host)}:{door.port}"
-            endpoint = Endpoint(url, model_name(config), door.proxy, adapter=adapter_model(config))
-            logger.info("starting %d engine(s) of %s", config.num_replicas, config.model)
+            first = models_of(config)[0]
+            endpoint = Endpoint(client_url(door), model_name(first), door.proxy, adapter=adapter_model(first))
+            for model in models_of(config):
+                logger.info("starting %d engine(s) of %s", max(model.min_replicas, 1), model.model)
             with chat_page_beside(endpoint.url, wanted=config.chat_page) as page:
                 _wait_until_ready(endpoint, config)
-                yield replace(endpoint, chat_page=page.wait_until_ready(config.start_timeout_s))
+                with _on_record(config, versions):
+                    yield replace(endpoint, chat_page=page.wait_until_ready(config.start_timeout_s))
 
 
 def _check(config: ServeConfig) -> None:
     """What can be refused before Ray starts."""
-    check_engine_keys(config.engine)
-    if config.chat_page:
-        check_gradio()
-    if config.tls_cert_file is not None and config.tls_key_file is not None:
-        check_tls(config.tls_cert_file, config.tls_key_file)
-    keys = read_api_keys(config.api_key_file)
-    if not keys and config.host not in LOOPBACK:
-        logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
-    check_model(config)
-    check_draft(config, use_gpu=True)  # whether there is one is known when Ray runs
-    resolve_adapters(config, warn=False)
+    check_config(config)
     import ray
 
     if not (ray.is_initialized() or config.cluster_address or os.environ.get("RAY_ADDRESS")):
         check_port(config.host, config.port)  # on a cluster, it may be the Serve there that listens on it
+
+
+def check_config(config: ServeConfig) -> None:
+    """What the configuration and the files it names tell by themselves. Raises RaylmError; warns of an open door."""
+    needs_gateway(config)
+    if config.chat_page:
+        check_gradio()
+    if config.tls_cert_file is not None and config.tls_key_file is not None:
+        check_tls(config.tls_cert_file, config.tls_key_file)
+    if not read_api_keys(config.api_key_file) and config.host not in LOOPBACK:
+        logger.warning("host %s is reachable from outside and no API key is asked for: set api_key_file", config.host)
+    checked_models(config)
 
 
 @contextmanager
@@ -110,7 +118,7 @@ def _deployed(app: Any) -> Iterator[None]:
 
     if _application() is not None:
         raise ServingError(
-            "cluster", f"runs an application {APP_NAME!r} already.", f"Delete it first: serve.delete({APP_NAME!r})"
+            "cluster", f"runs an application {APP_NAME!r} already.", "Delete it first: raylm deploy --delete"
         )
     try:
         serve.run_many([serve.RunTarget(app, name=APP_NAME, route_prefix="/")], wait_for_applications_running=False)
@@ -118,6 +126,16 @@ def _deployed(app: Any) -> Iterator[None]:
     finally:
         logger.info("stopping the server")
         serve.delete(APP_NAME)
+
+
+@contextmanager
+def _on_record(config: ServeConfig, versions: dict[str, str]) -> Iterator[None]:
+    """Lets `raylm deploy` upgrade what runs, and roll back to it."""
+    history.append(config, versions, has_key=bool(read_api_keys(config.api_key_file)))
+    try:
+        yield
+    finally:
+        history.clear()
 
 
 def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
@@ -130,9 +148,9 @@ def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
     while time.monotonic() - started < config.start_timeout_s:
         application = _application()
         if application is not None:
-            message = _message(application)
+            message = message_of(application)
             if application.status == "DEPLOY_FAILED":
-                raise ServingError(config.model, engine_reason(message))
+                raise ServingError(config.model or "models", engine_reason(message))
             if application.status == "RUNNING" and is_ready(endpoint.url):
                 seconds = time.monotonic() - started
                 logger.info(
@@ -140,7 +158,9 @@ def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
                 )
                 return
         time.sleep(_POLL_S)
-    raise ServingError(config.model, f"did not answer within {config.start_timeout_s:g} s. {message}".strip())
+    raise ServingError(
+        config.model or "models", f"did not answer within {config.start_timeout_s:g} s. {message}".strip()
+    )
 
 
 def engine_reason(message: str) -> str:
@@ -175,15 +195,17 @@ def _application() -> Any:
     return serve.status().applications.get(APP_NAME)
 
 
-def _message(application: Any) -> str:
+def message_of(application: Any) -> str:
+    """What Serve says of an application and its deployments."""
     parts = [application.message, *(deployment.message for deployment in application.deployments.values())]
     return "\n".join(part for part in parts if part)
 
 
-def _client_host(host: str) -> str:
-    """The host a client on this machine uses for a server that listens on `host`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
+def client_url(door: FrontDoor) -> str:
+    """The address a client on this machine uses."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(door.host, door.host)
+    scheme = "https" if door.has_tls else "http"
+    return f"{scheme}://[{host}]:{door.port}" if ":" in host else f"{scheme}://{host}:{door.port}"
 
 
 @contextmanager
@@ -204,7 +226,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_serve_logger() -> Iterator[None]:
+def quiet_serve_logger() -> Iterator[None]:
     """Serve writes its own progress to stderr at INFO; ours is enough."""
     import ray.serve  # noqa: F401  (it sets its level when it is imported)
 

@@ -62,7 +62,8 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
     folder: what `as_folder` gave for the model. on_cpu, native_bf16: what the replica's machine is. Raises ModelError
     where the draft of `speculation` does not fit the model.
     """
-    settings: dict[str, Any] = {"model": folder, "served_model_name": model_name(args), "dtype": args.dtype}
+    names = [model_name(args), *args.aliases]
+    settings: dict[str, Any] = {"model": folder, "served_model_name": names, "dtype": args.dtype}
     if args.max_model_len is not None:
         settings["max_model_len"] = args.max_model_len
     if on_cpu:

@@ -43,37 +43,76 @@ def front_door(config: ServeConfig, *, num_nodes: int) -> Iterator[FrontDoor]:
     A Serve that is running keeps its own address and proxy: they are fixed when it starts.
     Raises ServingError when the port is taken, or HAProxy is asked for and cannot be had.
     """
-    from ray import serve
-    from ray.serve._private.api import _get_global_client  # the only way to ask whether Serve runs, without starting it
-
-    running = _get_global_client(raise_if_no_controller_running=False)
+    running = running_front_door()
     if running is not None:
-        options = running.http_config
-        if config.tls_cert_file is not None and not options.ssl_certfile:
-            raise ServingError(
-                "tls_cert_file",
-                f"the Serve that runs at {options.host}:{options.port} has no TLS.",
-                "Start it with ssl_certfile and ssl_keyfile in its http_options, or leave the option out.",
-            )
-        logger.info("joining the Serve that runs at %s:%d", options.host, options.port)
-        yield FrontDoor(options.host or config.host, options.port, "running", bool(options.ssl_certfile))
+        _check_joined(config, running)
+        logger.info("joining the Serve that runs at %s:%d", running.host, running.port)
+        yield running
         return
     check_port(config.host, config.port)
     proxy = choose_proxy(config, num_nodes=num_nodes)
-    tls = {"ssl_certfile": config.tls_cert_file, "ssl_keyfile": config.tls_key_file} if config.tls_cert_file else {}
     scratch = tempfile.mkdtemp(prefix="raylm-serve-")  # mode 700: HAProxy's admin socket is open to all who reach it
     try:
         try:
-            serve.start(
-                http_options={"host": config.host, "port": config.port, **tls},
-                controller_options={"runtime_env": {"env_vars": controller_environment(proxy, scratch)}},
-                logging_config={"enable_access_log": False},
-            )
-            yield FrontDoor(config.host, config.port, proxy, bool(tls))
+            _start(config, controller_environment(proxy, scratch))
+            yield FrontDoor(config.host, config.port, proxy, config.tls_cert_file is not None)
         finally:
             _shut_down()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def lasting_front_door(config: ServeConfig, *, num_nodes: int) -> tuple[FrontDoor, bool]:
+    """As `front_door`, but Serve stays when this process ends. True when it was started now."""
+    running = running_front_door()
+    if running is not None:
+        _check_joined(config, running)
+        return running, False
+    check_port(config.host, config.port)
+    proxy = choose_proxy(config, num_nodes=num_nodes)
+    scratch = tempfile.mkdtemp(prefix="raylm-serve-")
+    _start(config, controller_environment(proxy, scratch, lasting=True))
+    return FrontDoor(config.host, config.port, proxy, config.tls_cert_file is not None), True
+
+
+def _check_joined(config: ServeConfig, running: FrontDoor) -> None:
+    """Raises ServingError when HTTPS is asked for and the Serve that runs has none."""
+    if config.tls_cert_file is not None and not running.has_tls:
+        raise ServingError(
+            "tls_cert_file",
+            f"the Serve that runs at {running.host}:{running.port} has no TLS.",
+            "Start it with ssl_certfile and ssl_keyfile in its http_options, or leave the option out.",
+        )
+
+
+def running_front_door() -> FrontDoor | None:
+    """Where the Serve of the connected cluster listens; None where none runs."""
+    from ray.serve._private.api import _get_global_client  # the only way to ask whether Serve runs, without starting it
+
+    running = _get_global_client(raise_if_no_controller_running=False)
+    if running is None:
+        return None
+    options = running.http_config
+    return FrontDoor(options.host or LOOPBACK[0], options.port, "running", bool(options.ssl_certfile))
+
+
+def shut_down_if_empty() -> None:
+    """Ends Serve when no application is left on it."""
+    from ray import serve
+
+    if running_front_door() is not None and not serve.status().applications:
+        _shut_down()
+
+
+def _start(config: ServeConfig, environment: dict[str, str]) -> None:
+    from ray import serve
+
+    tls = {"ssl_certfile": config.tls_cert_file, "ssl_keyfile": config.tls_key_file} if config.tls_cert_file else {}
+    serve.start(
+        http_options={"host": config.host, "port": config.port, **tls},
+        controller_options={"runtime_env": {"env_vars": environment}},
+        logging_config={"enable_access_log": False},
+    )
 
 
 def _shut_down() -> None:
@@ -111,10 +150,11 @@ def choose_proxy(config: ServeConfig, *, num_nodes: int) -> str:
     return "haproxy" if installed and reachable else "python"
 
 
-def controller_environment(proxy: str, scratch: str) -> dict[str, str]:
+def controller_environment(proxy: str, scratch: str, *, lasting: bool = False) -> dict[str, str]:
     """Variables of the Serve controller, inherited by proxies and replicas.
 
-    scratch: a private folder for HAProxy's configuration and sockets. User code and router run on the replica's own
+    scratch: a private folder for HAProxy's configuration and sockets. lasting: the server outlives its block, and its
+    replicas are replaced under load. User code and router run on the replica's own
     event loop: a thread between would cost a tenth of the throughput.
     """
     environment = {
@@ -136,9 +176,12 @@ def controller_environment(proxy: str, scratch: str) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(Path(scratch) / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": scratch,
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(Path(scratch) / "server-state"),
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "2",
-            # The block ends when its user wants it to: in-flight requests are still waited for.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            # Each new list of replicas is a new HAProxy process; the old one has so long for the answers it carries.
+            # At shutdown both are killed.
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
+            # A replica that goes takes requests until HAProxy knows. A block ends when its user wants it to: in-flight
+            # requests are still waited for.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5" if lasting else "0",
         }
     return environment
 

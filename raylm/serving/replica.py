@@ -19,6 +19,7 @@ from raylm.models.folder import as_folder
 from raylm.serving.access_log import write_beside_the_replica_log
 from raylm.serving.adapter_routes import close_vllm_adapter_routes, serve_adapters
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
+from raylm.serving.asked_name import answer_as_asked
 from raylm.serving.engine_args import command_line, model_name
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.metrics import OneMetricsPage, Phases, ServePage, own_metrics, replica_id
@@ -30,15 +31,17 @@ _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w
 class Replica:
     """Holds the engine for the life of a Serve replica.
 
-    settings: what stands before vLLM's routes.
+    guard: what stands before vLLM's routes; None where a gateway has it.
     """
 
-    async def __init__(self, args: ServeArgs, settings: GuardSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: ServeArgs, guard: GuardSettings | None
+    ) -> None:
         """Starts the engine. Raises ServingError with vLLM's reason when it does not start."""
         node_key = os.environ.pop(KEY_VARIABLE, None)  # vLLM would guard /v1 with it; the guard guards all
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        self._settings = settings.or_key(ApiKey(ONLY_KEY, digest(node_key))) if node_key else settings
+        self._guard = guard.or_key(ApiKey(ONLY_KEY, digest(node_key))) if guard and node_key else guard
         self._exit_stack = AsyncExitStack()
         self._args, self._phases = args, Phases()
         with self._phases.timed("import"):
@@ -66,15 +69,19 @@ class Replica:
             app = build_app(self._namespace, tasks, self._engine.model_config)
             await init_app_state(self._engine, app.state, self._namespace, tasks)
             await serve_adapters(app, self._engine, self._args, self._exit_stack)
+        if len(self._namespace.served_model_name) > 1:
+            answer_as_asked(app.state.openai_serving_models)
         watch(self._engine)
-        if self._settings.access_log:
-            write_beside_the_replica_log()
         app.state.server = types.SimpleNamespace()  # vLLM's error handler tells its uvicorn server to stop through it
         # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
         stack: Any = app.middleware_stack or app.build_middleware_stack()
         own = own_metrics(model_name(self._args), self._args.model, self._phases.seconds)
         page = OneMetricsPage(stack, replica_id(), own, ServePage())
-        app.middleware_stack = guarded(Metered(page, self._engine), self._settings, echo_request_id=False)
+        app.middleware_stack = Metered(page, self._engine)
+        if self._guard is not None:
+            if self._guard.access_log:
+                write_beside_the_replica_log()
+            app.middleware_stack = guarded(app.middleware_stack, self._guard, echo_request_id=False)
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager

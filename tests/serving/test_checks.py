@@ -99,11 +99,14 @@ def test_a_port_in_use_is_refused() -> None:
 
 
 def test_replicas_must_fit_the_cluster() -> None:
-    check_resources(ServeArgs(model="m", num_replicas=2), {"CPU": 2.0})
+    check_resources([ServeArgs(model="m", num_replicas=2)], {"CPU": 2.0})
     with pytest.raises(ClusterError, match="3 replicas of 1 CPUs need 3, the cluster has 2"):
-        check_resources(ServeArgs(model="m", num_replicas=3), {"CPU": 2.0})
+        check_resources([ServeArgs(model="m", num_replicas=3)], {"CPU": 2.0})
     with pytest.raises(ClusterError, match="1 replicas of 1 GPUs need 1, the cluster has 0"):
-        check_resources(ServeArgs(model="m", num_gpus=1), {"CPU": 2.0})
+        check_resources([ServeArgs(model="m", num_gpus=1)], {"CPU": 2.0})
+    with pytest.raises(ClusterError, match="1 replicas of 1 CPUs and 2 replicas of 1 CPUs need 3, the cluster has 2"):
+        check_resources([ServeArgs(model="m"), ServeArgs(model="n", num_replicas=2)], {"CPU": 2.0})
+    check_resources([ServeArgs(model="m", num_replicas=(0, 8)), ServeArgs(model="n")], {"CPU": 2.0})
 
 
 def test_gpus_follow_the_cluster_and_the_tensor_parallel_size() -> None:

@@ -1,0 +1,293 @@
+"""The gateway: the deployment that clients reach where a request must be told apart or spread before an engine.
+
+It reads the body once, finds `model`, and passes the request on by a Serve handle (relay.py); the answer is the
+engine's own. The price is a hop through a second process, so a single model without routing goes without (app.py).
+"""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raylm.serving.access_log import write_beside_the_replica_log
+from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
+from raylm.serving.asgi import App, Message, Receive, Send
+from raylm.serving.exposition import merged
+from raylm.serving.guard import GuardSettings, guarded
+from raylm.serving.relay import copied, relay, request_of
+from raylm.serving.routing import conversation_key
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_SHORT_S = 10.0
+_LIST_S = 1.0
+_UP = ("HEALTHY", "UNHEALTHY", "UPSCALING", "DOWNSCALING")
+_FORM_MODEL = re.compile(rb'name="model"\r\n\r\n(.*?)\r\n')
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One model as the gateway knows it."""
+
+    deployment: str
+    names: tuple[str, ...]
+    """What clients send, the name proper first."""
+    by_prefix: bool
+    """Whether calls carry the key of their conversation."""
+    may_sleep: bool
+    """Whether no replica at all is no fault."""
+
+
+class Gateway:
+    """Holds the handles of the engines for the life of a Serve replica.
+
+    guard: what every request passes first. Its limits hold over all engines: there is one gateway.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, routes: list[Route], engines: Mapping[str, Any], guard: GuardSettings
+    ) -> None:
+        """Returns when every engine answers: until then an older gateway, if there is one, keeps the door."""
+        node_key = os.environ.get(KEY_VARIABLE)
+        self._guard = guard.or_key(ApiKey(ONLY_KEY, digest(node_key))) if node_key else guard
+        self._routes, self._engines = routes, engines
+        while waiting := await asyncio.to_thread(_not_up, [route.deployment for route in routes]):
+            logger.debug("waiting for %s", ", ".join(waiting))
+            await asyncio.sleep(_POLL_S)
+
+    async def __serve_build_asgi_app__(self) -> App:
+        """The gateway's app with the guard around it."""
+        app: App = GatewayApp([(route, self._engines[route.deployment]) for route in self._routes])
+        if self._guard.access_log:
+            write_beside_the_replica_log()
+        return guarded(app, self._guard, echo_request_id=False)
+
+
+def _not_up(deployments: list[str]) -> list[str]:
+    """Those whose replicas of the newest version have not all answered yet. Blocks for a call to Serve's controller."""
+    from ray import serve
+
+    application = serve.get_replica_context().app_name
+    known = serve.status().applications[application].deployments
+    return [name for name in deployments if name not in known or known[name].status not in _UP]
+
+
+class GatewayApp:
+    """The ASGI app: which engine a request is for, and the routes that concern all of them.
+
+    engines: routes with the handle of their deployment.
+    """
+
+    def __init__(self, engines: list[tuple[Route, Any]]) -> None:
+        self._all = engines
+        self._by_name = {name: engine for engine in engines for name in engine[0].names}
+        self._cards: dict[Route, list[Any]] = {}
+        self._listed = -_LIST_S
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+        elif scope["type"] == "websocket":
+            await receive()  # websocket.connect; closing before accepting is answered with 403
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            body = await _whole_body(receive)
+            if body is not None:
+                await self._answer(scope, body, send)
+
+    async def _answer(self, scope: Message, body: bytes, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        scope = copied(scope, path=path, raw_path=path.encode())
+        if scope["method"] == "GET" and path in _OF_ALL:
+            await _OF_ALL[path](self, scope, send)
+            return
+        content = _content(body)
+        name = content.get("model") if isinstance(content, Mapping) else _form_model(scope, body)
+        engine = self._engine(name) or await self._lister(name, scope)
+        if engine is not None:
+            await self._pass_on(engine, scope, body, content, send)
+        elif name is None or name == "":
+            await self._without_name(scope, body, content, send)
+        else:
+            await _respond(send, 404, _error(f"The model `{name}` does not exist.", "NotFoundError", "model", 404))
+
+    def _engine(self, name: Any) -> tuple[Route, Any] | None:
+        """The engine that a name leads to. An adapter is `model:adapter`; a lone engine knows what else it has."""
+        if not isinstance(name, str) or not name:
+            return None
+        exact = self._by_name.get(name) or self._by_name.get(name.partition(":")[0])
+        return exact or (self._all[0] if len(self._all) == 1 else None)
+
+    async def _lister(self, name: Any, scope: Message) -> tuple[Route, Any] | None:
+        """The engine that lists the name without having been configured with it: the bare name of an adapter.
+
+        The lists are asked for once a second at most, however many unknown names come.
+        """
+        if not isinstance(name, str) or not name:
+            return None
+        if time.monotonic() - self._listed >= _LIST_S:
+            self._listed = time.monotonic()
+            await self._list(scope)
+        return next((e for e in self._all if any(card["id"] == name for card in self._cards.get(e[0], []))), None)
+
+    async def _without_name(self, scope: Message, body: bytes, content: Any, send: Send) -> None:
+        """A request that names no model: what only one engine could mean, or what each would answer alike."""
+        if len(self._all) > 1 and isinstance(content, Mapping):
+            names = ", ".join(self._by_name)
+            await _respond(
+                send, 400, _error(f"model is missing; it is one of {names}.", "BadRequestError", "model", 400)
+            )
+        else:
+            await self._pass_on(self._all[0], scope, body, content, send)
+
+    async def _pass_on(self, engine: tuple[Route, Any], scope: Message, body: bytes, content: Any, send: Send) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import BackPressureError, RayServeException
+
+        route, handle = engine
+        options: dict[str, Any] = {"stream": True}
+        if route.by_prefix and isinstance(content, Mapping) and (key := conversation_key(content)):
+            options["session_id"] = key
+        started = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await relay(handle.options(**options), request_of(scope, body), send_on)
+        except BackPressureError:
+            await _respond(
+                send, 429, _error("Too many requests are waiting.", "TooManyRequests", None, 429), retry=True
+            )
+        except (RayError, RayServeException) as error:
+            logger.warning("a request to %s failed: %s", route.deployment, type(error).__name__)
+            if started:
+                raise  # the status is out already: the connection breaks off
+            await _respond(send, 503, _error("The engine was lost.", "ServiceUnavailable", None, 503), retry=True)
+
+    async def _models(self, scope: Message, send: Send) -> None:
+        """The cards of all engines as one list; one that sleeps is listed as it was, or by its names."""
+        failed = await self._list(scope)
+        if failed:
+            await _respond(send, failed, _error("An engine does not answer.", "ServiceUnavailable", None, failed))
+            return
+        cards = []
+        for route, _ in self._all:
+            cards += self._cards.get(route) or [{"id": name, "object": "model"} for name in route.names]
+        await _respond(send, 200, json.dumps({"object": "list", "data": cards}).encode())
+
+    async def _list(self, scope: Message) -> int:
+        """Asks the engines that are awake for their cards. Returns the status of one that fails, else 0."""
+        request = copied(scope, method="GET", path="/v1/models", raw_path=b"/v1/models", query_string=b"", headers=[])
+        failed = 0
+        for found, (route, _) in zip(await self._ask_all(request), self._all, strict=True):
+            status, body = next(iter(found), (0, b""))
+            if status == 200:
+                self._cards[route] = json.loads(body)["data"]
+            failed = failed or (status if status != 200 else 0)
+        return failed
+
+    async def _health(self, scope: Message, send: Send) -> None:
+        """200 when every replica of every engine is well. One that may sleep is Serve's to look after: asking it might
+        keep it awake."""
+        awake = [(route, handle) for route, handle in self._all if not route.may_sleep]
+        request = request_of(scope, b"")
+        answers = await asyncio.gather(*(_ask(handle, request) for _, handle in awake))
+        well = all(found and all(status == 200 for status, _ in found) for found in answers)
+        await _respond(send, 200 if well else 503, b"")
+
+    async def _metrics(self, scope: Message, send: Send) -> None:
+        """The metrics of every replica, told apart by `model` and `replica`."""
+        pages = []
+        for found, (route, _) in zip(await self._ask_all(scope), self._all, strict=True):
+            for index, (status, body) in enumerate(found):
+                if status == 200:
+                    labels = {"model": route.names[0]} | ({"replica": str(index)} if len(found) > 1 else {})
+                    pages.append((labels, body.decode()))
+        await _respond(send, 200, merged(pages).encode(), b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _ask_all(self, scope: Message) -> list[list[tuple[int, bytes]]]:
+        """Status and body of each engine's replicas: none where there is no replica, 503 where one does not answer."""
+        request = request_of(scope, b"")
+        return list(await asyncio.gather(*(_ask(handle, request) for _, handle in self._all)))
+
+
+_OF_ALL = {
+    "/v1/models": GatewayApp._models,
+    "/health": GatewayApp._health,
+    "/metrics": GatewayApp._metrics,
+}
+
+
+async def _ask(handle: Any, request: dict[str, Any]) -> list[tuple[int, bytes]]:
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+
+    try:
+        found = await handle.broadcast("answer", request).results_async(timeout_s=_SHORT_S, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return []
+    except (TimeoutError, RayError, RayServeException):
+        return [(503, b"")]
+    return [(503, b"") if isinstance(answer, BaseException) else answer for answer in found]
+
+
+async def _whole_body(receive: Receive) -> bytes | None:
+    """The request's body, or None when the client has left before it was there."""
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _content(body: bytes) -> Any:
+    """The body's JSON, or None: what is not JSON the engine refuses itself."""
+    from pydantic_core import from_json
+
+    if not body:
+        return None
+    try:
+        return from_json(body)
+    except ValueError:
+        return None
+
+
+def _form_model(scope: Message, body: bytes) -> str | None:
+    """`model` of a form with a file, as audio routes take it."""
+    if not any(name == b"content-type" and value.startswith(b"multipart/") for name, value in scope["headers"]):
+        return None
+    found = _FORM_MODEL.search(body)
+    return found[1].decode(errors="replace") if found else None
+
+
+def _error(message: str, kind: str, param: str | None, code: int) -> bytes:
+    """An error as vLLM shapes it."""
+    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
+
+
+async def _respond(
+    send: Send, status: int, body: bytes, content_type: bytes = b"application/json", *, retry: bool = False
+) -> None:
+    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    headers += [(b"retry-after", b"1")] if retry else []
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    while (await receive())["type"] != "lifespan.shutdown":
+        await send({"type": "lifespan.startup.complete"})
+    await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,106 @@
+"""What was deployed before: configurations without secrets, kept by the cluster as long as it lives.
+
+Ray's internal key-value store of the head node holds them, where Serve keeps its own state too; whoever is connected
+to the cluster can go back. Ray 2.60 has no public interface to it, so it is touched here only.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from raylm.config.serving import ServeConfig
+from raylm.errors import ConfigError
+from raylm.serving.app import checked_models
+from raylm.serving.models import models_of
+
+KEPT = 10
+_KEY, _NAMESPACE = b"deployed", b"raylm"
+_SECRET = re.compile(r"token|secret|password|api_key", re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One version of the application."""
+
+    number: int
+    at: str
+    """UTC, as 2026-01-31T12:00:00Z."""
+    settings: dict[str, Any]
+    """A ServeConfig: the fields that were set."""
+    versions: dict[str, str]
+    """The version of each deployment (version.py)."""
+    has_key: bool
+    """Whether clients are asked for an API key."""
+
+    @property
+    def config(self) -> ServeConfig:
+        """The configuration as it was."""
+        return ServeConfig.model_validate(self.settings)
+
+
+def check_storable(config: ServeConfig) -> None:
+    """Raises ConfigError when an engine argument looks like a secret: it would stand in the cluster's store."""
+    engines = [("engine", config.engine)]
+    engines += [(f"models.{index}.engine", model.engine) for index, model in enumerate(config.models)]
+    for where, engine in engines:
+        for key in engine:
+            if _SECRET.search(key) and not key.startswith(("max_", "min_", "num_")):
+                raise ConfigError(f"{where}.{key}", "is a secret.", "Set it in the environment of the nodes instead.")
+
+
+def revisions() -> list[Revision]:
+    """Oldest first; the last is the running one."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    stored = _internal_kv_get(_KEY, namespace=_NAMESPACE)
+    return [Revision(**row) for row in json.loads(stored)] if stored else []
+
+
+def append(config: ServeConfig, versions: Mapping[str, str], *, has_key: bool) -> Revision:
+    """Notes that this configuration is the running one."""
+    kept = revisions()
+    number = kept[-1].number + 1 if kept else 1
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    settings = _absolute(config).model_dump(mode="json", exclude_unset=True)
+    revision = Revision(number, at, settings, dict(versions), has_key)
+    _store([*kept, revision])
+    return revision
+
+
+def go_back(versions: Mapping[str, str]) -> None:
+    """Notes that the one before the last is running again, under these versions."""
+    *older, before, _ = revisions()
+    _store([*older, replace(before, versions=dict(versions))])
+
+
+def clear() -> None:
+    """Forgets all."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(_KEY, namespace=_NAMESPACE)
+
+
+def _store(kept: list[Revision]) -> None:
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    rows = [asdict(revision) for revision in kept[-KEPT:]]
+    _internal_kv_put(_KEY, json.dumps(rows).encode(), overwrite=True, namespace=_NAMESPACE)
+
+
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """Paths as they are found from any folder: the configuration may be used again from another."""
+    located = [model.model for model in checked_models(config)]
+    changes: dict[str, Any] = {}
+    if config.models:
+        entries = zip(config.models, located, strict=True)
+        changes["models"] = [entry.model_copy(update={"model": path}) for entry, path in entries]
+    else:
+        changes["model"] = located[0]
+        changes["name"] = models_of(config)[0].name
+    if config.api_key_file is not None:
+        changes["api_key_file"] = os.path.abspath(os.path.expanduser(config.api_key_file))
+    return config.model_copy(update=changes)

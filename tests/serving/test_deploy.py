@@ -1,0 +1,195 @@
+"""Upgrades under load, on the Ray of the test session: what clients see while versions come, fail and go back."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from raylm.cli import main
+from raylm.config.load import load_config
+from raylm.config.serving import ServeConfig
+from raylm.errors import ConfigError, ServingError
+from raylm.serving import delete, deploy_app, deployed, roll_back
+from raylm.serving.history import check_storable
+from tests.serving.support import free_port
+from tests.tiny import build_tiny_model
+
+PROMPT = [5, 6, 7, 8, 9]
+TOKENS = 48
+
+
+def test_no_secret_goes_into_the_store() -> None:
+    for settings in ({"hf_token": "x"}, {"some_password": "x"}):
+        with pytest.raises(ConfigError, match="is a secret"):
+            check_storable(ServeConfig(model="m", engine=settings))
+    with pytest.raises(ConfigError, match=r"models.0.engine.hf_token"):
+        check_storable(load_config(ServeConfig, {"models": [{"model": "m", "engine": {"hf_token": "x"}}]}))
+    check_storable(ServeConfig(model="m", engine={"max_num_batched_tokens": 64}))
+
+
+def test_without_a_cluster_the_error_says_how_to_start_one(served_model_dir: Path, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "raylm.cli", "deploy", str(served_model_dir)]
+    environment |= {"RAY_TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 2
+    assert "found no running Ray cluster. Start one: ray start --head" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "has no model"),
+        (["port=1"], "has no model"),
+        (["--status", "model"], "goes with a new version"),
+        (["--delete", "port=1"], "goes with a new version"),
+    ],
+)
+def test_what_the_command_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+class Load:
+    """Clients that ask all the time, streamed and not; what they got, and what went wrong."""
+
+    def __init__(self, url: str, model: str) -> None:
+        self.answers: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self._url, self._model, self._ended = url, model, threading.Event()
+
+    @contextmanager
+    def running(self) -> Iterator["Load"]:
+        threads = [threading.Thread(target=self._ask, args=(number % 2 == 0,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            for thread in threads:
+                thread.join()
+
+    def _ask(self, stream: bool) -> None:
+        body = {"model": self._model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            while not self._ended.is_set():
+                try:
+                    with client.stream(
+                        "POST", f"{self._url}/v1/completions", json={**body, "stream": stream}
+                    ) as answer:
+                        text = answer.read().decode()
+                    if answer.status_code != 200 or (stream and "data: [DONE]" not in text):
+                        self.failures.append(f"{answer.status_code}: {text[-300:]}")
+                    else:
+                        self.answers["stream" if stream else "plain"] += 1
+                except httpx.HTTPError as error:
+                    self.failures.append(repr(error))
+                time.sleep(0.02)
+
+
+def text_of(url: str, model: str) -> str:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two that work and differ, and one whose weights are cut off."""
+    folder = tmp_path_factory.mktemp("versions")
+    built = {
+        name: build_tiny_model(folder / name, hidden_size=128, initializer_range=spread)
+        for name, spread in (("one", 0.1), ("two", 0.3), ("broken", 0.1))
+    }
+    weights = built["broken"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return built
+
+
+@pytest.mark.slow
+def test_a_model_is_upgraded_and_rolled_back_under_load(ray_cluster: Any, models: dict[str, Path]) -> None:
+    """Known fault W13 among others: no request fails while versions come, fail and go back."""
+    config = {"name": "m", "kv_cache_gib": 0.1, "port": free_port(), "start_timeout_s": 240}
+
+    def version(name: str) -> ServeConfig:
+        return load_config(ServeConfig, {**config, "model": str(models[name])})
+
+    first = deploy_app(version("one"))
+    try:
+        assert (first.revision, first.models, first.replicas) == (1, [["m"]], {"engine": 1})
+        one = text_of(first.url, "m")
+        with Load(first.url, "m").running() as load:
+            second = deploy_app(version("two"))
+            assert second.revision == 2
+            two = text_of(first.url, "m")
+            assert two != one
+            with pytest.raises(ServingError, match=r"did not start: .*The former version goes on answering"):
+                deploy_app(version("broken"))
+            assert text_of(first.url, "m") == two
+            assert (deployed().revision, deployed().status) == (2, "RUNNING")
+            back = roll_back()
+            assert (back.revision, back.before) == (1, [])
+            assert text_of(first.url, "m") == one
+            with pytest.raises(ServingError, match="no former version"):
+                roll_back()
+            with pytest.raises(ServingError, match="cannot change that in place"):
+                deploy_app(load_config(ServeConfig, {**config, "model": str(models["two"]), "gateway": "always"}))
+        logging.getLogger(__name__).info("answers during the upgrades: %s", load.answers)
+        assert load.failures == []
+        assert min(load.answers["stream"], load.answers["plain"]) > 50
+    finally:
+        delete()
+    with pytest.raises(ServingError, match="nothing deployed"):
+        deployed()
+
+
+@pytest.mark.slow
+def test_models_come_and_go_behind_a_gateway_while_another_answers(ray_cluster: Any, models: dict[str, Path]) -> None:
+    config = {"kv_cache_gib": 0.1, "port": free_port(), "start_timeout_s": 240, "gateway": "always"}
+
+    def of(*entries: dict[str, Any]) -> ServeConfig:
+        return load_config(ServeConfig, {**config, "models": list(entries)})
+
+    staying = {"model": str(models["one"]), "name": "staying"}
+    first = deploy_app(of(staying, {"model": str(models["two"]), "name": "leaving"}))
+    try:
+        one, two = text_of(first.url, "staying"), text_of(first.url, "leaving")
+        before = engine_processes()
+        with Load(first.url, "staying").running() as load:
+            with pytest.raises(ServingError, match=r"did not start: .*The former version goes on answering"):
+                deploy_app(of(staying, {"model": str(models["broken"]), "name": "coming"}))
+            assert text_of(first.url, "leaving") == two
+            second = deploy_app(of({**staying, "aliases": ["other"]}))
+            assert second.models == [["staying", "other"]]
+            assert text_of(first.url, "other") == one
+            body = {"model": "leaving", "prompt": PROMPT}
+            assert httpx.post(f"{first.url}/v1/completions", json=body, trust_env=False).status_code == 404
+            back = roll_back()
+            assert back.models == [["staying"], ["leaving"]]
+            assert text_of(first.url, "leaving") == two
+        assert load.failures == []
+        assert min(load.answers["stream"], load.answers["plain"]) > 50
+        assert before
+    finally:
+        delete()
+
+
+def engine_processes() -> set[int]:
+    import psutil
+
+    from tests.conftest import command_line
+
+    children = psutil.Process().children(recursive=True)
+    return {process.pid for process in children if "EngineCore" in command_line(process)}

@@ -1,0 +1,154 @@
+"""ASGI through a stream of messages, with small ASGI apps in place of the engine's."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from raylm.serving.api_key import Message, Receive, Send
+from raylm.serving.relay import messages_of, request_of
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+SCOPE: Message = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/completions",
+    "query_string": b"a=1",
+    "headers": [[b"content-type", b"application/json"]],
+    "state": object(),
+    "extensions": {"http.response.trailers": {}},
+    "app": object(),
+}
+
+
+def run(steps: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(steps(), 10))
+
+
+def body(text: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": text, "more_body": more}
+
+
+async def collected(app: Any, content: bytes = b"") -> list[list[Message]]:
+    return [batch async for batch in messages_of(app, request_of(SCOPE, content))]
+
+
+def test_only_plain_values_travel() -> None:
+    request = request_of(SCOPE, b"text")
+    assert request == {
+        "scope": {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"a=1",
+            "headers": [(b"content-type", b"application/json")],
+        },
+        "body": b"text",
+    }
+
+
+def test_the_app_gets_the_request_and_the_caller_its_answer() -> None:
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        message = await receive()
+        assert (scope["path"], message["more_body"]) == ("/v1/completions", False)
+        await send(START)
+        await send(body(message["body"].upper(), more=False))
+
+    async def steps() -> None:
+        assert await collected(app, b"text") == [[START, body(b"TEXT", more=False)]]
+
+    run(steps)
+
+
+def test_the_first_chunk_is_not_held_back_and_late_ones_are_joined() -> None:
+    """The app sends all it has between two reads of the caller; what had to wait comes as one body."""
+    go = asyncio.Event()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await send(START)
+        await send(body(b"a"))
+        await go.wait()
+        for part in (b"b", b"c", b"d"):
+            await send(body(part))
+        await send(body(b"", more=False))
+
+    async def steps() -> None:
+        messages = messages_of(app, request_of(SCOPE, b""))
+        assert await anext(messages) == [START, body(b"a")]
+        go.set()
+        assert await anext(messages) == [body(b"bcd", more=False)]
+        with pytest.raises(StopAsyncIteration):
+            await anext(messages)
+
+    run(steps)
+
+
+def test_messages_of_other_types_pass_untouched_and_in_order() -> None:
+    usage = {"type": "raylm.usage", "prompt_tokens": 3, "completion_tokens": 4}
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await send(START)
+        await send(body(b"a", more=False))
+        await send(usage)
+
+    async def steps() -> None:
+        assert await collected(app) == [[START, body(b"a", more=False), usage]]
+
+    run(steps)
+
+
+def test_closing_the_stream_cancels_the_app() -> None:
+    """Known fault W06."""
+    ended: list[str] = []
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await send(START)
+            await receive()  # a server that listens for the client's leaving
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def steps() -> None:
+        messages = messages_of(app, request_of(SCOPE, b""))
+        assert await anext(messages) == [START]
+        await messages.aclose()  # type: ignore[attr-defined]
+        assert ended == ["cancelled"]
+
+    run(steps)
+
+
+def test_a_cancelled_caller_cancels_the_app() -> None:
+    ended = asyncio.Event()
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def steps() -> None:
+        task = asyncio.ensure_future(collected(app))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set()
+
+    run(steps)
+
+
+def test_what_the_app_raises_comes_after_what_it_sent() -> None:
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await send(START)
+        raise ValueError("no")
+
+    async def steps() -> None:
+        messages = messages_of(app, request_of(SCOPE, b""))
+        assert await anext(messages) == [START]
+        with pytest.raises(ValueError, match="no"):
+            await anext(messages)
+
+    run(steps)
