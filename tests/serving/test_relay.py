@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raylm.serving.api_key import Message, Receive, Send
+from raylm.serving.asgi import Message, Receive, Send
 from raylm.serving.relay import messages_of, request_of
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
