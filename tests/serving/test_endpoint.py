@@ -26,7 +26,7 @@ from raylm.inference.chat import HELP, chat_in_terminal
 from raylm.serving import serve
 from tests.conftest import command_line
 from tests.data.support import bot, call, chat, result
-from tests.serving.door_support import LIMITED_KEY, SENTINEL, eventually, requests_in, self_signed
+from tests.serving.door_support import LIMITED_KEY, SENTINEL, becomes_idle, self_signed
 from tests.serving.support import KEY, Running, free_port
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello, who are you? ✓ 你好"}]
@@ -299,7 +299,7 @@ def check_queue_and_time_limit(http: httpx.Client) -> None:
     for answer in late:
         last = answer.text if answer.status_code == 504 else answer.text.split("data: ")[-2]
         assert json.loads(last)["error"]["code"] == "request_timeout"
-    assert eventually(lambda: requests_in(http.get("/metrics").text) == 0, within_s=5)
+    assert becomes_idle(http, "tiny")
     assert http.post("/v1/completions", json={**endless, "n": 1, "max_tokens": 3}).status_code == 200
 
 
