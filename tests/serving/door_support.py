@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.serving.support import KEY, Running
 
 LIMITED_KEY = "s3cret-" + "l" * 24
@@ -23,6 +25,17 @@ def requests_in(metrics: str) -> int:
     """Requests that the engine runs, as vLLM counts them."""
     [count] = re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.M)
     return int(float(count))
+
+
+def becomes_idle(client: httpx.Client, model: str) -> bool:
+    """Whether soon nothing runs in the engine. It counts when it takes a step, so a short request makes it do that."""
+
+    def idle() -> bool:
+        short = {"model": model, "prompt": "hello", "max_tokens": 1}
+        assert client.post("/v1/completions", json=short).status_code == 200
+        return requests_in(client.get("/metrics").text) == 0
+
+    return eventually(idle)
 
 
 def eventually(condition: Callable[[], bool], *, within_s: float = 10) -> bool:

@@ -26,7 +26,7 @@ from raylm.inference.chat import HELP, chat_in_terminal
 from raylm.serving import serve
 from tests.conftest import command_line
 from tests.data.support import bot, call, chat, result
-from tests.serving.door_support import LIMITED_KEY, SENTINEL, eventually, requests_in, self_signed
+from tests.serving.door_support import LIMITED_KEY, SENTINEL, becomes_idle, self_signed
 from tests.serving.support import KEY, Running, free_port
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello, who are you? ✓ 你好"}]
@@ -232,7 +232,6 @@ def test_the_python_proxy_on_a_ray_that_runs_already(
             **{"model": str(served_model_dir), "name": "tiny", "port": free_port(), "kv_cache_gib": 0.1},
             **{"tls_cert_file": str(certificate), "tls_key_file": str(key)},
             "limits": {"max_concurrent": 2, "max_queue": 1, "request_timeout_s": 10},
-            "engine": {"allowed_origins": ["http://page.example"]},
         }
     )
     with serve(config) as endpoint:
@@ -251,7 +250,6 @@ def test_the_python_proxy_on_a_ray_that_runs_already(
         over_long = {"model": "tiny", "prompt": [5] * 300, "max_tokens": 4}
         assert http.post("/v1/completions", json=over_long).status_code == 400
         check_templates_of_requests(http)
-        check_allowed_origins(http)
         check_queue_and_time_limit(http)
         with pytest.raises(ServingError, match="runs an application 'raylm' already"), serve(config):
             pass
@@ -269,12 +267,6 @@ def check_templates_of_requests(http: httpx.Client) -> None:
             answer = http.post(route, json={**body, **own})
             assert (answer.status_code, answer.json()["error"]["code"]) == (400, 400)
             assert "chat template" in answer.json()["error"]["message"]
-
-
-def check_allowed_origins(http: httpx.Client) -> None:
-    for origin, allowed in (("http://page.example", "http://page.example"), ("http://other.example", None)):
-        answer = http.get("/v1/models", headers={"origin": origin})
-        assert answer.headers.get("access-control-allow-origin") == allowed
 
 
 def check_queue_and_time_limit(http: httpx.Client) -> None:
@@ -299,7 +291,7 @@ def check_queue_and_time_limit(http: httpx.Client) -> None:
     for answer in late:
         last = answer.text if answer.status_code == 504 else answer.text.split("data: ")[-2]
         assert json.loads(last)["error"]["code"] == "request_timeout"
-    assert eventually(lambda: requests_in(http.get("/metrics").text) == 0, within_s=5)
+    assert becomes_idle(http, "tiny")
     assert http.post("/v1/completions", json={**endless, "n": 1, "max_tokens": 3}).status_code == 200
 
 

@@ -8,7 +8,10 @@ import copy
 from typing import Any
 
 import pytest
+from fastapi import FastAPI, Request
 
+from raylm.config.limits import LimitsSection
+from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.usage import Metered, watch
 
 
@@ -24,8 +27,8 @@ class Engine:
     async def abort(self, ids: list[str], *, internal: bool) -> None:
         self.aborted += self.output_processor.abort_requests(ids, internal)
 
-    def add(self, name: str, *, n: int = 1) -> None:
-        """As AsyncLLM adds a request: one of n answers is a child of its own."""
+    def add(self, name: str, *, n: int = 1) -> Any:
+        """As AsyncLLM adds a request: one of n answers is a child of its own. Returns the queue of its outputs."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine import EngineCoreRequest
@@ -48,12 +51,13 @@ class Engine:
         queue = RequestOutputCollector(kind, name)
         if n == 1:
             self.output_processor.add_request(request, "x", None, 0, queue)
-            return
+            return queue
         parent = ParentRequest(request)
         for index in range(n):
             child = copy.copy(request)
             child.request_id, child.sampling_params = parent.get_child_info(index)
             self.output_processor.add_request(child, "x", parent, index, queue)
+        return queue
 
     def generate(self, name: str, tokens: int, *, last: bool = False) -> None:
         from vllm.v1.engine import EngineCoreOutput, FinishReason
@@ -106,6 +110,66 @@ def test_a_cancelled_request_is_counted_and_ends_in_the_engine(engine: Engine) -
     assert sorted(engine.aborted) == ["0_b", "1_b"]
     processor = engine.output_processor
     assert (processor.request_states, processor.parent_requests, dict(processor.external_req_ids)) == ({}, {}, {})
+
+
+@pytest.mark.parametrize("how", ["late", "disconnect", "cancelled"])
+def test_a_route_of_vllm_that_ends_early_ends_in_the_engine(engine: Engine, how: str) -> None:
+    """With the decorator of vLLM's routes, whose handler goes on when the route itself is cancelled."""
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+    app = FastAPI()
+    handlers: list[asyncio.Task[Any]] = []
+
+    @app.post("/")
+    @with_cancellation
+    async def route(body: dict[str, Any], raw_request: Request) -> Any:
+        handlers.append(asyncio.current_task())  # type: ignore[arg-type]
+        output = await engine.add(body["name"], n=2).get()
+        return {"finished": output.finished}
+
+    limits = LimitsSection(request_timeout_s=0.3 if how == "late" else 60)
+    app.middleware_stack = guarded(
+        Metered(app.build_middleware_stack(), engine), GuardSettings(limits=limits, access_log=False)
+    )
+
+    async def test() -> None:
+        sent: list[Any] = []
+        gone = asyncio.Event()
+        body = [{"type": "http.request", "body": b'{"name": "a"}', "more_body": False}]
+
+        async def receive() -> Any:
+            if body:
+                return body.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"13")]
+        scope = {"type": "http", "path": "/", "method": "POST", "headers": headers, "query_string": b""}
+        request = asyncio.create_task(app(scope, receive, send))
+        await asyncio.sleep(0.1)
+        assert len(engine.output_processor.request_states) == 2
+        if how == "disconnect":
+            gone.set()
+        elif how == "cancelled":
+            request.cancel()
+        await asyncio.wait([request], timeout=5)
+        await asyncio.wait(handlers, timeout=5)
+        await asyncio.sleep(0.05)
+        assert request.done()
+        if how == "late":
+            assert sent[0]["status"] == 504
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not others  # nothing listens or works for a request that is over
+
+    asyncio.run(test())
+    if how == "disconnect":  # vLLM's own way: the handler is cancelled, and AsyncLLM.generate aborts
+        assert handlers[0].cancelled()
+    else:
+        assert sorted(engine.aborted) == ["0_a", "1_a"]
+        assert engine.output_processor.request_states == {}
 
 
 def test_requests_beside_each_other_are_counted_apart(engine: Engine) -> None:
