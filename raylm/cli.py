@@ -5,6 +5,7 @@ bug, with its traceback. With --json the result is one JSON object on stdout, an
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -430,7 +431,8 @@ def _generate(options: Any) -> int:
     settings = [item for item in options.prompts if _is_setting(item)]
     prompts = [item for item in options.prompts if not _is_setting(item)]
     given = {"prompts": prompts, "adapter": options.adapter}
-    result = raylm.generate({"model": options.model, **{k: v for k, v in given.items() if v}}, settings)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it does about a lost worker
+        result = raylm.generate({"model": options.model, **{k: v for k, v in given.items() if v}}, settings)
     failed = sum(result.failed.values())
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))

@@ -241,7 +241,7 @@ def _asked(ray: Any, config: GenerateConfig, files: Sequence[SourceFile], answer
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=_READ_CPUS,
-                compute=ray.data.TaskPoolStrategy(size=_READERS),
+                compute=ray.data.TaskPoolStrategy(size=min(_READERS, len(groups))),
             )
         )
     return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]

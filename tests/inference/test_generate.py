@@ -18,6 +18,7 @@ import pytest
 
 import raylm
 from raylm.errors import ConfigError, DataError, ModelError, RaylmError, RunDirError
+from tests.conftest import command_line
 
 ROOT = Path(__file__).parents[2]
 ROWS = 120
@@ -85,12 +86,23 @@ def wait_for_rows(process: subprocess.Popen[str], ledger: Path, rows: int) -> No
 def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL of the driver alone; its Ray must end by itself."""
     children = psutil.Process(process.pid).children(recursive=True)
+    names = {child.pid: command_line(child) for child in children}
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    deadline = time.monotonic() + 60
+    while (alive := [child for child in children if runs(child)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
     for child in alive:
         child.kill()
-    assert not alive, [child.cmdline() for child in alive]
+    assert not alive, [names[child.pid] for child in alive]
+
+
+def runs(process: psutil.Process) -> bool:
+    """False also for what has ended and waits to be reaped by whoever inherited it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -216,9 +228,7 @@ def test_a_killed_engine_is_replaced_and_no_row_is_lost(
     process = start(settings(asked_model_dir, tmp_path / "data", output))
     wait_for_rows(process, tmp_path / "_out.parquet.raylm" / "ledger.jsonl", 8)
     engines = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "AnswerStage" in " ".join(child.cmdline())
+        child for child in psutil.Process(process.pid).children(recursive=True) if "AnswerStage" in command_line(child)
     ]
     assert engines
     engines[0].send_signal(signal.SIGKILL)

@@ -26,7 +26,9 @@ class Holder:
         from raylm.inference.engine import load_engine
         from raylm.inference.loop import EngineLoop
 
-        llm = load_engine(folder, dtype="float32", max_model_len=MAX_MODEL_LEN, seed=0, use_gpu=False)
+        # Random weights would write white space for ever, which JSON allows.
+        options = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
+        llm = load_engine(folder, dtype="float32", max_model_len=MAX_MODEL_LEN, seed=0, use_gpu=False, options=options)
         self._loop, self._tokenizer = EngineLoop(llm.llm_engine), load_tokenizer(folder)
 
     def answered(self, config: GenerateConfig, batch_size: int, done: list[tuple[int, int]]) -> Any:
