@@ -181,7 +181,8 @@ def test_a_model_that_loads_for_long_is_not_ready_and_starts_once(
         watcher.join()
     print(f"ready after {seconds:.0f} s; statuses { ({status: before.count(status) for status in set(before)}) }")
     assert seconds > 75
-    assert set(before) <= {0, 503, 200}
-    assert before.count(503) > 60  # of two a second
-    assert before.count(200) < 10  # of the last seconds
+    # 0: nobody listens yet, or no answer within 5 s; 404: Serve knows no application yet.
+    assert set(before) <= {0, 404, 503, 200}
+    assert 200 not in before[:-8]  # it is seen ready and stopped being watched within seconds
+    assert len(before) > 15
     assert len(engines) == 1
