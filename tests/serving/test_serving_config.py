@@ -104,3 +104,18 @@ def test_the_shipped_serve_yaml_is_valid() -> None:
     [application] = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
     assert application.import_path == "raylm.serving:build_app"
     assert ServeArgs.model_validate(application.args).model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_two_servers_on_a_machine_share_no_port_of_haproxy() -> None:
+    """The fallback proxy's above all: with Ray's fixed one, either server would answer for the other."""
+    from raylm.serving.proxy import controller_environment
+
+    ports = [
+        value
+        for _ in range(2)
+        for name, value in controller_environment("haproxy", "scratch").items()
+        if name.endswith("_PORT")
+    ]
+    assert len(ports) == len(set(ports)) == 8
+    assert not {"8500", "9500"} & set(ports)
+    assert not any(name.endswith("_PORT") for name in controller_environment("python", "scratch"))
