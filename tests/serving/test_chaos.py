@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import command_line
 from tests.serving.request_table import completion
-from tests.serving.support import KEY, Running, free_port, running_server
+from tests.serving.servers import KEY, Running, free_port, running_server
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from schemathesis import GenerationMode
 
 from tests.conftest import command_line
 from tests.serving.request_table import MODEL, completion
-from tests.serving.support import KEY, Running
+from tests.serving.servers import KEY, Running
 
 EXAMPLES = 20  # of each operation, valid ones and as many invalid ones
 SECONDS = 20.0  # of a request; a long one is no fault, and its client goes away
