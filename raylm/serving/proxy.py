@@ -165,13 +165,17 @@ def controller_environment(proxy: str, scratch: str, *, lasting: bool = False) -
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
     }
     if proxy == "haproxy":
-        metrics_port, stats_port = _free_ports(2)
+        metrics_port, stats_port, fallback_port, fallback_grpc_port = _free_ports(4)
         environment |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+            # A Python proxy that HAProxy asks while no replica is up. Its fixed port would be shared with that of any
+            # other Serve on the machine, which then answers for this one.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(Path(scratch) / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(Path(scratch) / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": scratch,
@@ -187,7 +191,7 @@ def controller_environment(proxy: str, scratch: str, *, lasting: bool = False) -
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now. HAProxy's own two are fixed numbers otherwise, which a second server lacks."""
+    """Ports that nothing listens on now. These are fixed numbers otherwise, which a second server lacks."""
     probes: list[Any] = []
     try:
         for _ in range(count):

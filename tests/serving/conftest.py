@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.serving.door_support import KEYS
-from tests.serving.support import ENGINE, Running, running_server
+from tests.serving.servers import ENGINE, Running, running_server
 from tests.tiny import build_tiny_model
 
 

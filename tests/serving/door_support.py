@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from tests.serving.support import KEY, Running
+from tests.serving.servers import KEY, Running
 
 LIMITED_KEY = "s3cret-" + "l" * 24
 KEYS = f"""

@@ -8,7 +8,7 @@ from openai import BadRequestError, NotFoundError, OpenAI, pydantic_function_too
 from pydantic import BaseModel
 
 from tests.serving.request_table import CALL_TEXT, MODEL, TOOL, user
-from tests.serving.support import Running
+from tests.serving.servers import Running
 
 MESSAGES: list[Any] = [user("hello")]
 

@@ -13,7 +13,7 @@ from raylm.serving.app import replica_environment
 from raylm.serving.engine_args import command_line
 from tests.serving.comparison import Answer, answer_of, whole_texts
 from tests.serving.request_table import MODEL, ODD_REQUESTS, REQUESTS, Request, completion
-from tests.serving.support import ENGINE, KEY, Running, bare_server
+from tests.serving.servers import ENGINE, KEY, Running, bare_server
 
 ALL = {**REQUESTS, **ODD_REQUESTS}
 

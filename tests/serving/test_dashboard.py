@@ -12,7 +12,7 @@ from raylm.cli import main
 from raylm.serving.dashboard import PANELS, dashboard, metric_names
 from raylm.serving.metrics import Phases, labelled, serve_lines
 from tests.serving.request_table import MODEL, REQUESTS
-from tests.serving.support import KEY, Running
+from tests.serving.servers import KEY, Running
 from tests.serving.test_conformance import send
 
 PAGE = """# HELP a:b_total What it is {really}.

@@ -21,7 +21,7 @@ from raylm.config.serving import ServeConfig
 from raylm.errors import ConfigError, ServingError
 from raylm.serving import delete, deploy_app, deployed, roll_back
 from raylm.serving.history import check_storable
-from tests.serving.support import free_port
+from tests.serving.servers import free_port
 from tests.tiny import build_tiny_model
 
 PROMPT = [5, 6, 7, 8, 9]

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.serving.request_table import completion
-from tests.serving.support import KEY, Running
+from tests.serving.servers import KEY, Running
 
 LONG = completion(max_tokens=200, allowed_token_ids=list(range(30, 90)), stream=True).body
 SHORT = completion(max_tokens=4).body

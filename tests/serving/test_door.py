@@ -12,7 +12,7 @@ import pytest
 from openai import RateLimitError
 
 from tests.serving.door_support import LIMITED_KEY, becomes_idle, eventually, logged, requests_in
-from tests.serving.support import KEY, Running
+from tests.serving.servers import KEY, Running
 
 ALL = list(range(3, 259))
 MESSAGES: list[Any] = [{"role": "user", "content": "hello, who are you? ✓ 你好"}]

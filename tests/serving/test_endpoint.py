@@ -27,7 +27,7 @@ from raylm.serving import serve
 from tests.conftest import command_line
 from tests.data.support import bot, call, chat, result
 from tests.serving.door_support import LIMITED_KEY, SENTINEL, becomes_idle, self_signed
-from tests.serving.support import KEY, Running, free_port
+from tests.serving.servers import KEY, Running, free_port
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello, who are you? ✓ 你好"}]
 

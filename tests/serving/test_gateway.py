@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raylm.config.load import load_config
 from raylm.config.serving import ServeConfig
 from raylm.serving import serve
-from tests.serving.support import free_port
+from tests.serving.servers import free_port
 from tests.tiny import build_tiny_model
 
 KEY = "s3cret-gateway"

@@ -10,7 +10,7 @@ import pytest
 
 from raylm.serving.dashboard import PANELS, metric_names
 from tests.serving.request_table import completion
-from tests.serving.support import Running, read_metrics, running_server
+from tests.serving.servers import Running, read_metrics, running_server
 
 pytestmark = pytest.mark.slow
 

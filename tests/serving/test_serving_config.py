@@ -120,3 +120,18 @@ def test_speculation_becomes_vllms_own_setting_once() -> None:
     check_speculation(args)
     with pytest.raises(ConfigError, match=r"engine.speculative_config: excludes speculation"):
         check_speculation(args.model_copy(update={"engine": {"speculative_config": {"method": "ngram"}}}))
+
+
+def test_two_servers_on_a_machine_share_no_port_of_haproxy() -> None:
+    """The fallback proxy's above all: with Ray's fixed one, either server would answer for the other."""
+    from raylm.serving.proxy import controller_environment
+
+    ports = [
+        value
+        for _ in range(2)
+        for name, value in controller_environment("haproxy", "scratch").items()
+        if name.endswith("_PORT")
+    ]
+    assert len(ports) == len(set(ports)) == 8
+    assert not {"8500", "9500"} & set(ports)
+    assert not any(name.endswith("_PORT") for name in controller_environment("python", "scratch"))
