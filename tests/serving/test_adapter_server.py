@@ -23,7 +23,7 @@ from raylm.inference.chat import chat_in_terminal
 from raylm.inference.generate import run_generation
 from raylm.merging import run_merge
 from tests.serving.adapter_support import build_adapter, greedy, is_greedy, merged_model, replace_adapter
-from tests.serving.test_endpoint import KEY, PROGRAM, Running, free_port
+from tests.serving.servers import KEY, PROGRAM, Running, free_port
 from tests.tiny import build_tiny_model
 
 BASE = "tiny-llama"
