@@ -18,6 +18,7 @@ from raylm.errors import ServingError
 from raylm.models.folder import as_folder
 from raylm.serving.access_log import write_beside_the_replica_log
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
+from raylm.serving.asgi import App
 from raylm.serving.engine_args import command_line
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.usage import Metered, watch
@@ -28,15 +29,18 @@ _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w
 class Replica:
     """Holds the engine for the life of a Serve replica.
 
-    settings: what stands before vLLM's routes.
+    settings: what stands before vLLM's routes; None where something else stands before this replica, which then gets
+    the `raylm.usage` messages.
     """
 
-    async def __init__(self, args: ServeArgs, settings: GuardSettings) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, args: ServeArgs, settings: GuardSettings | None
+    ) -> None:
         """Starts the engine. Raises ServingError with vLLM's reason when it does not start."""
         node_key = os.environ.pop(KEY_VARIABLE, None)  # vLLM would guard /v1 with it; the guard guards all
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        self._settings = settings.or_key(ApiKey(ONLY_KEY, digest(node_key))) if node_key else settings
+        self._settings = settings.or_key(ApiKey(ONLY_KEY, digest(node_key))) if settings and node_key else settings
         self._exit_stack = AsyncExitStack()
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 
@@ -58,11 +62,13 @@ class Replica:
         await init_app_state(self._engine, app.state, self._namespace, tasks)
         app.state.server = types.SimpleNamespace()  # vLLM's error handler tells its uvicorn server to stop through it
         watch(self._engine)
-        if self._settings.access_log:
-            write_beside_the_replica_log()
         # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
-        stack = app.middleware_stack or app.build_middleware_stack()
-        app.middleware_stack = guarded(Metered(stack, self._engine), self._settings, echo_request_id=False)
+        stack: App = Metered(app.middleware_stack or app.build_middleware_stack(), self._engine)
+        if self._settings is not None:
+            if self._settings.access_log:
+                write_beside_the_replica_log()
+            stack = guarded(stack, self._settings, echo_request_id=False)
+        app.middleware_stack = stack
         vllm_lifespan = app.router.lifespan_context
 
         @asynccontextmanager
