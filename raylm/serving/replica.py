@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeArgs
 from raylm.errors import ServingError
 from raylm.models.folder import as_folder
-from raylm.serving.access_log import write_beside_the_replica_log
+from raylm.serving.access_log import stop_writing, write_beside_the_replica_log
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.asgi import App
 from raylm.serving.engine_args import command_line
@@ -67,6 +67,7 @@ class Replica:
         if self._settings is not None:
             if self._settings.access_log:
                 write_beside_the_replica_log()
+                self._exit_stack.callback(stop_writing)
             stack = guarded(stack, self._settings, echo_request_id=False)
         app.middleware_stack = stack
         vllm_lifespan = app.router.lifespan_context
