@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -23,14 +23,19 @@ ONLY_KEY = "default"
 _REMEDY = "Write a list of entries such as `{name: alice, key: …}` or `{name: bob, sha256: …}`."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ApiKey:
     """What may travel in place of a key: its name, its digest, and limits of its own."""
 
     name: str
-    digest: bytes = field(repr=False)
+    digest: bytes
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+
+    def __repr__(self) -> str:
+        """Differs when the key does, and shows neither key nor digest."""
+        mark = hashlib.sha256(self.digest).hexdigest()[:8]
+        return f"ApiKey({self.name!r}, {mark}, {self.requests_per_minute}, {self.tokens_per_minute})"
 
 
 def read_api_key(file: str | None) -> str | None:

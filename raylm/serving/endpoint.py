@@ -173,9 +173,9 @@ def engine_reason(message: str) -> str:
 
 
 def is_ready(url: str) -> bool:
-    """True when the server's health route answers 200. url: `http://HOST:PORT`, or https; nothing secret
-    is sent, so any certificate will do."""
-    context = ssl.create_default_context()
+    """True when the server's health route answers 200. url: `http://HOST:PORT`, or https; nothing secret is sent, so
+    any certificate will do."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({}),  # never through the user's HTTP proxy

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raylm.serving.access_log import write_beside_the_replica_log
+from raylm.serving.access_log import stop_writing, write_beside_the_replica_log
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.asgi import App, Message, Receive, Send
 from raylm.serving.exposition import merged
@@ -290,4 +290,5 @@ async def _respond(
 async def _live(receive: Receive, send: Send) -> None:
     while (await receive())["type"] != "lifespan.shutdown":
         await send({"type": "lifespan.startup.complete"})
+    stop_writing()
     await send({"type": "lifespan.shutdown.complete"})

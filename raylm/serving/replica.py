@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeArgs
 from raylm.errors import ServingError
 from raylm.models.folder import as_folder
-from raylm.serving.access_log import write_beside_the_replica_log
+from raylm.serving.access_log import stop_writing, write_beside_the_replica_log
 from raylm.serving.adapter_routes import close_vllm_adapter_routes, serve_adapters
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.asked_name import answer_as_asked
@@ -81,6 +81,7 @@ class Replica:
         if self._guard is not None:
             if self._guard.access_log:
                 write_beside_the_replica_log()
+                self._exit_stack.callback(stop_writing)
             app.middleware_stack = guarded(app.middleware_stack, self._guard, echo_request_id=False)
         vllm_lifespan = app.router.lifespan_context
 
