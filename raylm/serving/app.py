@@ -23,12 +23,16 @@ GATEWAY = "gateway"
 
 
 def build_app(
-    args: ServeArgs, *, retained: Sequence[ServeArgs] = (), versions: MutableMapping[str, str] | None = None
+    args: ServeArgs,
+    *,
+    retained: Sequence[tuple[ServeArgs, bool]] = (),
+    versions: MutableMapping[str, str] | None = None,
 ) -> Any:
     """The application, for `serve.run`, for `serve run`, and as the import path of a Serve YAML.
 
     One deployment that clients reach directly, or a gateway before one deployment for each model (models.py).
-    retained: behind a gateway, models of the running application that stay up although no name leads to them.
+    retained: behind a gateway, models of the running application that stay up although no name leads to them, and
+    whether each was alone there.
     versions: of deployments that are to keep theirs; those of the others are added (version.py).
     Raises ModelError, ServingError or ConfigError before an engine starts, and ClusterError where Ray is connected
     and its cluster too small.
@@ -52,7 +56,8 @@ def build_app(
         settings = args.model_dump(include=set(ServeArgs.model_fields))  # of a ServeConfig only the application's part
         replica_args = ServeArgs.model_validate({**settings, "model": models[0].model, "name": model_name(args)})
         return _direct(replica_args, key_digest, resources, versions)
-    return _behind_gateway(models, [*models, *retained], key_digest, resources, versions)
+    running = [*((model, len(models) == 1) for model in models), *retained]
+    return _behind_gateway(models, running, key_digest, resources, versions)
 
 
 def checked_models(args: ServeArgs) -> list[ServeArgs]:
@@ -93,7 +98,7 @@ def _direct(
 
 def _behind_gateway(
     models: Sequence[ServeArgs],
-    running: Sequence[ServeArgs],
+    running: Sequence[tuple[ServeArgs, bool]],
     key_digest: bytes | None,
     resources: Mapping[str, float],
     versions: MutableMapping[str, str],
@@ -105,8 +110,8 @@ def _behind_gateway(
     from raylm.serving.relay import EngineReplica
 
     engines = {}
-    for model in running:
-        options = _replica_count(model) | _engine_options(model, resources, alone=len(running) == 1)
+    for model, alone in running:
+        options = _replica_count(model) | _engine_options(model, resources, alone=alone)
         if model.routing == "prefix":
             options["request_router_config"] = {"request_router_class": "raylm.serving.prefix_router:PrefixRouter"}
         deployment = serve.deployment(EngineReplica, name=deployment_name(model), **options)
@@ -120,7 +125,7 @@ def _behind_gateway(
         name=GATEWAY,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=max(model.drain_timeout_s for model in running),
+        graceful_shutdown_timeout_s=max(model.drain_timeout_s for model, _ in running),
         **_COMMON,
     )
     return versioned(gateway, versions, routes, key_digest, sorted(engines)).bind(routes, engines, key_digest)
