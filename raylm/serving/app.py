@@ -31,12 +31,16 @@ GATEWAY = "gateway"
 
 
 def build_app(
-    args: ServeArgs, *, retained: Sequence[ServeArgs] = (), versions: MutableMapping[str, str] | None = None
+    args: ServeArgs,
+    *,
+    retained: Sequence[tuple[ServeArgs, bool]] = (),
+    versions: MutableMapping[str, str] | None = None,
 ) -> Any:
     """The application, for `serve.run`, for `serve run`, and as the import path of a Serve YAML.
 
     One deployment that clients reach directly, or a gateway before one deployment for each model (models.py).
-    retained: behind a gateway, models of the running application that stay up although no name leads to them.
+    retained: behind a gateway, models of the running application that stay up although no name leads to them, and
+    whether each was alone there.
     versions: of deployments that are to keep theirs; those of the others are added (version.py).
     Raises ModelError, ServingError or ConfigError before an engine starts, and ClusterError where Ray is connected
     and its cluster too small.
@@ -55,7 +59,8 @@ def build_app(
     guard = guard_settings(args)
     if not needs_gateway(args):
         return _direct(models[0], guard, resources, versions)
-    return _behind_gateway(models, [*models, *retained], guard, resources, versions)
+    running = [*((model, len(models) == 1) for model in models), *retained]
+    return _behind_gateway(models, running, guard, resources, versions)
 
 
 def checked_models(
@@ -105,7 +110,7 @@ def _direct(
 
 def _behind_gateway(
     models: Sequence[ServeArgs],
-    running: Sequence[ServeArgs],
+    running: Sequence[tuple[ServeArgs, bool]],
     guard: GuardSettings,
     resources: Mapping[str, float],
     versions: MutableMapping[str, str],
@@ -117,8 +122,8 @@ def _behind_gateway(
     from raylm.serving.relay import EngineReplica
 
     engines = {}
-    for model in running:
-        options = _replica_count(model) | _engine_options(model, resources, alone=len(running) == 1)
+    for model, alone in running:
+        options = _replica_count(model) | _engine_options(model, resources, alone=alone)
         if model.routing == "prefix":
             options["request_router_config"] = {"request_router_class": "raylm.serving.prefix_router:PrefixRouter"}
         deployment = serve.deployment(EngineReplica, name=deployment_name(model), **options)
@@ -132,7 +137,7 @@ def _behind_gateway(
         name=GATEWAY,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=max(model.drain_timeout_s for model in running),
+        graceful_shutdown_timeout_s=max(model.drain_timeout_s for model, _ in running),
         **_COMMON,
     )
     return versioned(gateway, versions, routes, guard, sorted(engines)).bind(routes, engines, guard)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from raylm.config.serving import ServeConfig
+from raylm.config.serving import ServeArgs, ServeConfig
 from raylm.errors import ClusterError, RaylmError, ServingError
 from raylm.ray_session import ray_session
 from raylm.serving import history
@@ -115,7 +115,7 @@ def _replace(
     restore = _restorer(former) if running is not None else None
     leaving = _leaving(config, former) if former is not None and needs_gateway(config) else []
     known = dict(former.versions) if former is not None else {}
-    versions |= {deployment_name(model): known[deployment_name(model)] for model in leaving}
+    versions |= {deployment_name(model): known[deployment_name(model)] for model, _ in leaving}
     app = build_app(config, retained=leaving, versions=versions)
     if running is not None:
         _check_room(config, known, versions)
@@ -210,13 +210,13 @@ def _check_room(config: ServeConfig, known: dict[str, str], versions: dict[str, 
         time.sleep(_POLL_S)
 
 
-def _leaving(config: ServeConfig, former: Revision) -> list[Any]:
+def _leaving(config: ServeConfig, former: Revision) -> list[tuple[ServeArgs, bool]]:
     """Models of the former configuration that the new one lacks: they stay until the new gateway has taken over."""
     if not needs_gateway(former.config):
         return []
-    staying = _deployments(config)
-    old = [model for model in models_of(former.config) if deployment_name(model) not in staying]
-    return [model for model in old if deployment_name(model) in former.versions]
+    staying, old = _deployments(config), models_of(former.config)
+    leaving = [model for model in old if deployment_name(model) not in staying]
+    return [(model, len(old) == 1) for model in leaving if deployment_name(model) in former.versions]
 
 
 def _deployments(config: ServeConfig) -> set[str]:
