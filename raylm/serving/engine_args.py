@@ -55,7 +55,7 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
-    settings |= engine_settings(args)
+    settings |= engine_settings(args, on_cpu=on_cpu)
     settings |= args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 
