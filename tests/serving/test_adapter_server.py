@@ -219,7 +219,7 @@ def test_a_reload_leaves_neither_weights_nor_blocks_of_the_old_version(
     assert agree(ask(server, "one")[0], expected("one"))
     assert ask(server, f"{BASE}:one")[1]["usage"]["prompt_tokens_details"]["cached_tokens"] >= 128
     former = row_of(server, "one")["version"]
-    count = 1800
+    count = 1200
     with ThreadPoolExecutor(2) as threads:
         long = threads.submit(ask, server, "one", COMMON, count)
         time.sleep(0.3)
