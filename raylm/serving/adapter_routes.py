@@ -68,6 +68,7 @@ async def serve_adapters(app: Any, engine: Any, args: ServeArgs, exit_stack: Asy
     root = open_adapters(args)
     if root is None:
         return
+    await _check_workers(engine)
     folder = exit_stack.enter_context(tempfile.TemporaryDirectory(prefix="raylm-adapters-", ignore_cleanup_errors=True))
     linear = await asyncio.to_thread(linear_shapes, as_folder(args.model))
     pool = AdapterPool(
@@ -82,6 +83,22 @@ async def serve_adapters(app: Any, engine: Any, args: ServeArgs, exit_stack: Asy
     models.take_over()
     app.include_router(_router(models, pool))
     _have_vllm_ask()
+
+
+async def _check_workers(engine: Any) -> None:
+    """Raises ServingError where base requests could be answered with an adapter's weights: see cpu_adapters.py."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    try:
+        corrected = all(await engine.collective_rpc("leaves_base_rows_alone"))
+    except Exception:  # vLLM sends whatever its layers raise as a plain Exception
+        corrected = False
+    if not corrected:
+        raise ServingError(
+            "engine.worker_extension_cls", "takes the place of what adapters need without GPU.", "Drop it."
+        )
 
 
 def _have_vllm_ask() -> None:

@@ -41,6 +41,7 @@ DEFAULT_RANK = 64
 """The rank that engines make room for when no adapter is there at the start."""
 IDLE_S = 600.0
 """The copy of a version that nobody has asked for in this time goes when the engine has dropped its weights."""
+CPU_EXTENSION = "raylm.serving.cpu_adapters.CorrectedWorker"
 RETRY_S = 10.0
 """How long a root that did not answer is left alone while versions loaded before are served."""
 _VERSION_DIGITS = 16
@@ -392,7 +393,7 @@ def resolve_adapters(args: ServeArgs, *, warn: bool = True) -> dict[str, Any]:
     }
 
 
-def engine_settings(args: ServeArgs) -> dict[str, Any]:
+def engine_settings(args: ServeArgs, *, on_cpu: bool) -> dict[str, Any]:
     """vLLM's arguments for the adapters of a configuration whose `max_adapter_rank` is resolved."""
     if args.adapter is None and args.adapters is None:
         return {}
@@ -400,7 +401,8 @@ def engine_settings(args: ServeArgs) -> dict[str, Any]:
     count = 1 if args.adapter is not None else args.max_adapters
     # Room for one more of a single adapter: a new version is loaded while requests run on the former.
     slots = count + 1 if args.adapter is not None else count
-    return {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": rank}
+    settings = {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": rank}
+    return settings | ({"worker_extension_cls": CPU_EXTENSION} if on_cpu else {})
 
 
 def survey(

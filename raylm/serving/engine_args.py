@@ -75,7 +75,7 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["speculative_config"] = speculative_config(
             args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len
         )
-    settings |= engine_settings(args)
+    settings |= engine_settings(args, on_cpu=on_cpu)
     settings |= tool_settings(args.tool_parser, args.engine, folder) | args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_a_reload_leaves_neither_weights_nor_blocks_of_the_old_version(
     assert agree(ask(server, "one")[0], expected("one"))
     assert ask(server, f"{BASE}:one")[1]["usage"]["prompt_tokens_details"]["cached_tokens"] >= 128
     former = row_of(server, "one")["version"]
-    count = 1800
+    count = 1200
     with ThreadPoolExecutor(2) as threads:
         long = threads.submit(ask, server, "one", COMMON, count)
         time.sleep(0.3)
@@ -281,13 +282,13 @@ def test_usage_of_an_adapter_comes_once_at_the_end(server: Running) -> None:
 
 def test_the_terminal_talks_to_an_adapter(server: Running) -> None:
     def said(model: str | None) -> str:
-        lines, out = iter(["hello", "/quit"]), io.StringIO()
+        lines, out = iter(["why", "/quit"]), io.StringIO()
         chat_in_terminal(
             server.url, api_key=KEY, max_tokens=8, model=model, read=lambda _: next(lines), write=out.write
         )
         return out.getvalue()
 
-    messages: Any = [{"role": "user", "content": "hello"}]
+    messages: Any = [{"role": "user", "content": "why"}]
     for model, asked in ((None, BASE), ("two", f"{BASE}:two")):
         request: dict[str, Any] = {"model": asked, "messages": messages, "temperature": 0, "max_tokens": 8}
         chunks = server.client().chat.completions.create(**request, stream=True)
@@ -324,13 +325,17 @@ def test_every_replica_answers_with_the_version_that_a_reload_answered(
             assert all(answer["data"][0]["loaded"] for answer in listed)
             return {answer["replica"] for answer in listed}
 
-        assert len(many("one")) == 2
+        seen: set[str] = set()
+        while len(seen) < 2:  # the front door hears of a replica that is ready after the server does
+            seen.add(server.get("/v1/adapters").json()["replica"])
+        time.sleep(3)
+        assert many("one") == seen
         for version in ("one-v2", "one-v3", "one", "one-v2"):
             with ThreadPoolExecutor(8) as threads:  # both replicas have just looked at the files
                 list(threads.map(lambda _: ask(server, "one"), range(16)))
             replace_adapter(root / "one", made / version)
             assert server.get("/v1/adapters/one/reload", "POST").status_code == 200
-            assert len(many(version)) == 2
+            assert many(version) == seen
 
 
 @pytest.mark.slow
@@ -371,15 +376,20 @@ def test_generation_answers_with_an_adapter(base: Path, made: Path, tmp_path: Pa
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    answers = {}
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}  # the second is the model's
+    questions = ("why", "the answer")
+    answers: dict[str | None, list[str]] = {}
     for name in (None, "one"):
-        out = tmp_path / f"{name}.jsonl"
-        adapter = {"adapter": str(made / name)} if name else {}
-        settings: dict[str, Any] = {"model": str(base), "prompts": ["hello"], "output": str(out), "max_tokens": 12}
-        run_generation(GenerateConfig.model_validate({**settings, "dtype": "float32", "seed": 0, **adapter}))
-        answers[name] = json.loads(out.read_text())["answer"]
-        messages = [{"role": "user", "content": "hello"}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        wanted = greedy(merged_model(base, made / name if name else None), prompt, 12)[0]
-        assert answers[name] == tokenizer.decode(wanted, skip_special_tokens=True).split("<|endoftext|>")[0]
-    assert answers[None] != answers["one"]
+        out, adapter = tmp_path / f"{name}.jsonl", {"adapter": str(made / name)} if name else {}
+        settings: dict[str, Any] = {"model": str(base), "prompts": questions, "output": str(out), "max_tokens": 12}
+        run_generation(GenerateConfig.model_validate({**settings, "dtype": "float32", **adapter}))
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        answers[name] = [row["answer"].replace("\ufffd", "") for row in rows]
+        model = merged_model(base, made / name if name else None)
+        for question, answer in zip(questions, answers[name], strict=True):
+            messages = [{"role": "user", "content": question}]
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            wanted = list(takewhile(lambda token: token not in ends, greedy(model, prompt, 12)[0]))
+            assert answer == tokenizer.decode(wanted).replace("\ufffd", "")
+    assert "333" in answers[None][0]
+    assert not set(answers[None]) & set(answers["one"])
