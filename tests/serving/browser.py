@@ -63,7 +63,9 @@ class Page:
     def wait(self, expression: str, seconds: float = 30.0) -> Any:
         """The value of an expression once it is true."""
         deadline = time.monotonic() + seconds
-        while not (value := self.run(expression)):
+        # What is asked about may not be there yet.
+        tried = f"(() => {{ try {{ return {expression}; }} catch {{ return false; }} }})()"
+        while not (value := self.run(tried)):
             assert time.monotonic() < deadline, (f"never true: {expression}", self.complaints)
             time.sleep(_POLL_S)
         return value

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,9 @@ class Chat:
         chosen = model if model in names else next(iter(names), None)
         return [gr.update(choices=[(name, name) for name in names], value=chosen), gr.skip(), gr.skip(), ""]
 
-    async def send(self, text: Any, messages: Any, request: gr.Request, *settings: Any) -> AsyncIterator[list[Any]]:
+    async def send(
+        self, text: Any, messages: Any, request: gr.Request, *settings: Any
+    ) -> AsyncGenerator[list[Any], None]:
         """Answers `text`; where that fails, the text goes back into its field."""
         self._forget_soon(request)
         before = read_messages(messages)
@@ -213,31 +215,38 @@ class Chat:
         if not _text(text).strip():
             yield [_update(**_BUTTONS), before, ""]
             return
-        async for step in self._answer(asked, settings, request, before=before, text=_text(text)):
-            yield step
+        async with contextlib.aclosing(
+            self._answer(asked, settings, request, before=before, text=_text(text))
+        ) as steps:
+            async for step in steps:
+                yield step
 
     async def retry(
         self, messages: Any, data: gr.RetryData, request: gr.Request, *settings: Any
-    ) -> AsyncIterator[list[Any]]:
+    ) -> AsyncGenerator[list[Any], None]:
         """Another answer to the message of the user at, or before, the one that was clicked."""
         self._forget_soon(request)
         before = read_messages(messages)
         index = last_user_turn(before, _index(data))
         if index is not None:
-            async for step in self._answer(before[: index + 1], settings, request, before=before):
-                yield step
+            async with contextlib.aclosing(
+                self._answer(before[: index + 1], settings, request, before=before)
+            ) as steps:
+                async for step in steps:
+                    yield step
 
     async def edit(
         self, messages: Any, data: gr.EditData, request: gr.Request, *settings: Any
-    ) -> AsyncIterator[list[Any]]:
+    ) -> AsyncGenerator[list[Any], None]:
         """The message of the user with another text, and a new answer; what followed is dropped."""
         self._forget_soon(request)
         before = read_messages(messages)
         index = last_user_turn(before, _index(data))
         if index is not None:
             asked = [*before[:index], message("user", _text(data.value))]
-            async for step in self._answer(asked, settings, request, before=before):
-                yield step
+            async with contextlib.aclosing(self._answer(asked, settings, request, before=before)) as steps:
+                async for step in steps:
+                    yield step
 
     async def undo(self, messages: Any, data: gr.UndoData, request: gr.Request) -> list[Any]:
         """Takes the last turn back; its text goes into the field again."""
@@ -276,8 +285,11 @@ class Chat:
         *,
         before: list[ChatMessage],
         text: str | None = None,
-    ) -> AsyncIterator[list[Any]]:
+    ) -> AsyncGenerator[list[Any], None]:
         """Steps of the page: the question at once, then the growing answer; where it fails, why.
+
+        Its callers close it themselves: Gradio closes the generator that it was given, and one inside that would wait
+        for the garbage collector, with its request still running in the engine.
 
         before: what the page goes back to when there is no answer at all; text: what then stands in its field.
         """
