@@ -1,19 +1,23 @@
 """What rows of each format ask."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from raylm.config.data import SourceSection
 from raylm.data.prompt import PromptEncoder
 from raylm.data.readers import RawRow
 from raylm.data.schema import RowProblem
+from raylm.data.sources import list_files
 from raylm.data.templates import chat_template
 from raylm.data.tokenizer import load_tokenizer
 from raylm.inference.engine import row_seed
 from raylm.inference.progress import Progress
 from raylm.inference.questions import Question, QuestionReader
-from raylm.inference.reading import batches_of
+from raylm.inference.reading import batches_of, read_files
 
 
 def asked(row: dict[str, Any], form: str = "", **options: Any) -> Question:
@@ -156,3 +160,16 @@ def test_progress_speaks_now_and_then_and_knows_what_is_left() -> None:
     assert progress.update(60, 1500, 0) is None
     now[0] = 70.0
     assert progress.update(70, 2000, 3) == ("70 of 100 rows, 2.0 rows/s, 100 tokens/s, about 15 s left, 3 failed")
+
+
+def test_max_rows_counts_over_files_whatever_is_done(tmp_path: Path) -> None:
+    for name, count in (("a", 3), ("b", 5), ("c", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name}{row}"}}\n' for row in range(count)))
+    files = list_files([SourceSection(path=str(tmp_path))])
+    for done in ({}, {0: [(0, 3)], 1: [(1, 2)]}):
+        found = read_files(pa.table({"numbers": [[0, 1, 2]]}), files, done, batch_size=2, max_rows=6)
+        batches = [table.to_pylist()[0] for table in found]
+        rows = {(batch["file"], batch["start"] + at) for batch in batches for at in range(len(batch["index"]))}
+        skipped = {(file, row) for file, ranges in done.items() for start, stop in ranges for row in range(start, stop)}
+        assert rows == {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)} - skipped
+        assert {batch["file"]: batch["num_rows"] for batch in batches if batch["num_rows"] >= 0} == {0: 3, 1: 3, 2: 0}
