@@ -88,27 +88,32 @@ def sampling_params(config: GenerateConfig, key: str | int = "", stop_token_ids:
     """What vLLM is asked for one answer; key: of the row, whose seed it decides; stop_token_ids: end it as well.
 
     The seed is a function of `config.seed` and the key alone, so a row draws the same whatever runs beside it.
+    Raises ConfigError for values that vLLM refuses.
     """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    return SamplingParams(
-        n=config.n,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        presence_penalty=config.presence_penalty,
-        frequency_penalty=config.frequency_penalty,
-        stop=list(config.stop) or None,
-        stop_token_ids=list(stop_token_ids) or None,
-        logprobs=config.logprobs,
-        seed=row_seed(config.seed, key) if config.temperature > 0 else None,
-        structured_outputs=StructuredOutputsParams(**config.structured) if config.structured else None,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    try:
+        return SamplingParams(
+            n=config.n,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            presence_penalty=config.presence_penalty,
+            frequency_penalty=config.frequency_penalty,
+            stop=list(config.stop) or None,
+            stop_token_ids=list(stop_token_ids) or None,
+            logprobs=config.logprobs,
+            seed=row_seed(config.seed, key) if config.temperature > 0 else None,
+            structured_outputs=StructuredOutputsParams(**config.structured) if config.structured else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+    except (ValueError, VLLMClientError) as error:
+        raise ConfigError("sampling", f"vLLM refuses it: {_reason(error)}") from None
 
 
 def _reason(error: BaseException) -> str:

@@ -6,8 +6,14 @@ batches the questions came in. The caller waits on a future.
 
 import queue
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
+
+
+class Refused(Exception):
+    """What vLLM does not take, and why: of one request, not of the engine."""
 
 
 class EngineLoop:
@@ -24,7 +30,7 @@ class EngineLoop:
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def ask(self, prompt_token_ids: list[int], params: Any) -> "Future[Any]":
-        """vLLM's RequestOutput, once it is finished; the future raises what the engine refuses the request with."""
+        """vLLM's RequestOutput, once it is finished; the future raises Refused, or what has stopped the engine."""
         future: Future[Any] = Future()
         self._inbox.put((prompt_token_ids, params, future))
         return future
@@ -35,13 +41,14 @@ class EngineLoop:
         return int(self._engine.vllm_config.model_config.max_model_len)
 
     def check(self, params: Any) -> None:
-        """Raises ValueError for what vLLM would refuse of every prompt, such as a schema that it cannot read.
+        """Raises Refused for what vLLM would refuse of every prompt, such as a schema that it cannot read.
 
         While nothing is asked.
         """
         prompt = {"prompt_token_ids": [0]}
         tasks = self._engine.get_supported_tasks()
-        self._engine.input_processor.process_inputs("check", prompt, params, supported_tasks=tasks)
+        with _refusals():
+            self._engine.input_processor.process_inputs("check", prompt, params, supported_tasks=tasks)
 
     @property
     def lost_a_process(self) -> bool:
@@ -77,8 +84,9 @@ class EngineLoop:
             name = str(self._number)
             self._number += 1
             try:
-                self._engine.add_request(name, {"prompt_token_ids": ids}, params, lora_request=self._adapter)
-            except Exception as error:  # of this request: vLLM checks before it takes one in
+                with _refusals():
+                    self._engine.add_request(name, {"prompt_token_ids": ids}, params, lora_request=self._adapter)
+            except Exception as error:
                 future.set_exception(error)
             else:
                 self._futures[name] = future
@@ -88,3 +96,14 @@ class EngineLoop:
         for future in self._futures.values():
             future.set_exception(error)
         self._futures.clear()
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """vLLM's own errors about a request are no ValueErrors, others are."""
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        yield
+    except (ValueError, TypeError, VLLMClientError) as error:
+        raise Refused(next(iter(str(error).splitlines()), type(error).__name__)) from None

@@ -26,7 +26,7 @@ from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import ConfigError, ModelError, RaylmError
 from raylm.inference.adapter import adapter_request, adapter_settings
 from raylm.inference.engine import load_engine, sampling_params, speculation_options
-from raylm.inference.loop import EngineLoop
+from raylm.inference.loop import EngineLoop, Refused
 from raylm.inference.questions import Question, QuestionReader, row_id
 from raylm.inference.reading import rows_of
 
@@ -108,9 +108,9 @@ class Answerer:
         self._config, self._files, self._engine = config, files, engine
         try:
             engine.check(sampling_params(config))
-        except ValueError as error:
+        except Refused as error:
             where = "structured" if config.structured else "sampling"
-            raise ConfigError(where, f"vLLM refuses it: {_first_line(error)}") from None
+            raise ConfigError(where, f"vLLM refuses it: {error}") from None
         self._decode = tokenizer.decode
         names = {template_of(config, file) for file in [*([None] if config.prompts else []), *files]}
         self._encoders = {name: PromptEncoder(tokenizer, config.model, name) for name in names}
@@ -204,8 +204,8 @@ class Answerer:
             return False
         try:
             output = future.result()
-        except ValueError as error:  # vLLM's refusal of one request
-            row.error = "refused", f"vLLM refuses it: {_first_line(error)}"
+        except Refused as error:
+            row.error = "refused", f"vLLM refuses it: {error}"
             return False
         except Exception as error:
             _leave_where_broken(self._engine)

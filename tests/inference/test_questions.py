@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from raylm.config import GenerateConfig
 from raylm.config.data import SourceSection
 from raylm.data.prompt import PromptEncoder
 from raylm.data.readers import RawRow
@@ -14,7 +15,8 @@ from raylm.data.schema import RowProblem
 from raylm.data.sources import list_files
 from raylm.data.templates import chat_template
 from raylm.data.tokenizer import load_tokenizer
-from raylm.inference.engine import row_seed
+from raylm.errors import ConfigError
+from raylm.inference.engine import row_seed, sampling_params
 from raylm.inference.progress import Progress
 from raylm.inference.questions import Question, QuestionReader
 from raylm.inference.reading import batches_of, read_files
@@ -173,3 +175,10 @@ def test_max_rows_counts_over_files_whatever_is_done(tmp_path: Path) -> None:
         skipped = {(file, row) for file, ranges in done.items() for start, stop in ranges for row in range(start, stop)}
         assert rows == {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)} - skipped
         assert {batch["file"]: batch["num_rows"] for batch in batches if batch["num_rows"] >= 0} == {0: 3, 1: 3, 2: 0}
+
+
+def test_sampling_that_vllm_refuses_is_a_fault_of_the_configuration() -> None:
+    """vLLM's own errors are no ValueErrors."""
+    config = GenerateConfig(model="m", prompts=("a",), n=10**7, temperature=1.0)
+    with pytest.raises(ConfigError, match="sampling: vLLM refuses it"):
+        sampling_params(config)
