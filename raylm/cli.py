@@ -20,12 +20,7 @@ from raylm.errors import ConfigError, RaylmError, nearest
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    parser = _parser()
-    options, extra = parser.parse_known_args(arguments)
-    if any("=" not in item or item.startswith("-") for item in extra) or (extra and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    if extra:  # settings behind an option, which argparse leaves over
-        options.overrides = [*options.overrides, *extra]
+    options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("ray", "httpx", "matplotlib", "transformers", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -38,6 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line. What argparse leaves over behind an option goes where it would have gone before
+    it: prompts, or settings. Exits with a usage message for anything else."""
+    parser = _parser()
+    options, extra = parser.parse_known_args(arguments)
+    place = next((name for name in ("prompts", "overrides") if name in options), None)
+    odd = [item for item in extra if item.startswith("-") or ("=" not in item and place != "prompts")]
+    if extra and (odd or place is None):
+        parser.error(f"unrecognized arguments: {' '.join(odd or extra)}")
+    if place is not None:
+        setattr(options, place, [*getattr(options, place), *extra])
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
