@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class GatewayApp:
         else:
             body = await _whole_body(receive)
             if body is not None:
-                await self._answer(scope, body, send)
+                await _while_connected(self._answer(scope, body, send), receive)
 
     async def _answer(self, scope: Message, body: bytes, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -239,6 +239,24 @@ async def _ask(handle: Any, request: dict[str, Any]) -> list[tuple[int, bytes]]:
     except (TimeoutError, RayError, RayServeException):
         return [(503, b"")]
     return [(503, b"") if isinstance(answer, BaseException) else answer for answer in found]
+
+
+async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Awaits the work, or cancels it when the client leaves."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _whole_body(receive: Receive) -> bytes | None:

@@ -14,6 +14,7 @@ from raylm.config.serving import ServeArgs
 from raylm.serving.asgi import App, Message, Send
 from raylm.serving.replica import Replica
 
+_GRACE_S = 1.0
 _PASSED_ON = (
     "type",
     "http_version",
@@ -38,15 +39,18 @@ def request_of(scope: Message, body: bytes) -> dict[str, Any]:
 async def messages_of(app: App, request: dict[str, Any]) -> AsyncIterator[list[Message]]:
     """Runs the request through the app and yields what it sends, as it comes.
 
-    Closing the iterator cancels the app. Raises what the app raises.
+    Closing the iterator tells the app that the client has left, and then cancels it: vLLM's routes that do not stream
+    watch for the first and survive the second. Raises what the app raises.
     """
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
+    left = asyncio.Event()
     bodies = [{"type": "http.request", "body": request["body"], "more_body": False}]
 
     async def receive() -> Message:
-        if not bodies:
-            await asyncio.Event().wait()  # a client that leaves is a call that is cancelled
-        return bodies.pop()
+        if bodies:
+            return bodies.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         sent.put_nowait(message)
@@ -65,9 +69,12 @@ async def messages_of(app: App, request: dict[str, Any]) -> AsyncIterator[list[M
                 yield messages
         await task
     finally:
-        if not task.done():
+        left.set()
+        try:
+            await asyncio.wait((task,), timeout=_GRACE_S)
+        finally:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _joined(messages: list[Message]) -> list[Message]:

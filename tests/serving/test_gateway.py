@@ -213,7 +213,8 @@ def test_a_client_that_leaves_ends_its_request_in_the_engine(server: Running, st
     options: dict[str, Any] = {"headers": {"authorization": f"Bearer {KEY}"}, "trust_env": False, "json": body}
     if stream:
         with httpx.stream("POST", f"{server.url}/v1/completions", **options) as answer:
-            next(answer.iter_raw())
+            chunks = answer.iter_raw()  # kept: the connection ends with it
+            next(chunks)
             assert eventually(lambda: server.running("long") == 1)
     else:
         with pytest.raises(httpx.ReadTimeout):
