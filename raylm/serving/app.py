@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from raylm.config.serving import ServeArgs
-from raylm.serving.adapters import resolve_adapters
+from raylm.serving.adapter_survey import resolve_adapters
 from raylm.serving.api_key import digest, read_api_key
 from raylm.serving.checks import check_model, check_resources, replica_gpus, warn_without_chat_template
 from raylm.serving.engine_args import check_engine_keys, model_name

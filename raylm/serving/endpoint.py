@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from raylm.config.serving import ServeConfig
 from raylm.errors import ServingError
 from raylm.ray_session import ray_session
-from raylm.serving.adapters import resolve_adapters
+from raylm.serving.adapter_survey import resolve_adapters
 from raylm.serving.api_key import read_api_key
 from raylm.serving.app import build_app
 from raylm.serving.checks import check_model, check_port
