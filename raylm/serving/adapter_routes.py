@@ -26,13 +26,8 @@ from raylm.config.serving import ServeArgs
 from raylm.errors import ModelError, RaylmError, ServingError
 from raylm.models.adapter_files import linear_shapes
 from raylm.models.folder import as_folder
-from raylm.serving.adapters import (
-    DEFAULT_RANK,
-    AdapterPool,
-    LoadedAdapter,
-    UnknownAdapterError,
-    open_adapters,
-)
+from raylm.serving.adapter_survey import DEFAULT_RANK, open_adapters
+from raylm.serving.adapters import AdapterPool, LoadedAdapter, UnknownAdapterError
 
 _SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 

@@ -9,48 +9,33 @@ seconds, so that all follow the same root.
 """
 
 import asyncio
-import hashlib
 import logging
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
-from raylm.config.serving import ServeArgs
-from raylm.data.remote import scheme_of
-from raylm.errors import ConfigError, DataError, ModelError, RaylmError, ServingError
+from raylm.data.remote import reason
+from raylm.errors import DataError, ModelError, RaylmError, ServingError
 from raylm.models.adapter_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Shape,
     check_servable,
-    linear_shapes,
     pickle_refused,
     read_config,
     read_shapes,
-    servable_rank,
 )
-from raylm.models.folder import as_folder
-from raylm.serving.adapter_root import PICKLED, AdapterFiles, AdapterRoot, open_root, open_single
+from raylm.serving.adapter_root import PICKLED, AdapterFiles, AdapterRoot
+from raylm.serving.adapter_survey import Survey, copy_hashed, survey
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RANK = 64
-"""The rank that engines make room for when no adapter is there at the start."""
 IDLE_S = 600.0
 """The copy of a version that nobody has asked for in this time goes when the engine has dropped its weights."""
-CPU_EXTENSION = "raylm.serving.cpu_adapters.CorrectedWorker"
 RETRY_S = 10.0
 """How long a root that did not answer is left alone while versions loaded before are served."""
-_VERSION_DIGITS = 16
-_READERS = 16
-_ENGINE_KEYS = {
-    "enable_lora": "Leave it out: they set it.",
-    "max_lora_rank": "Set max_adapter_rank.",
-    "lora_modules": "Put those adapters below `adapters`.",
-}
 _WRITE_PAUSE_S = 0.2
 
 
@@ -97,16 +82,6 @@ class AdapterEngine(Protocol):
     def in_flight(self) -> set[str]:
         """The engine names of the versions on which requests run."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What an adapter's files say of themselves; `problem` is why it is not served."""
-
-    fingerprint: str
-    rank: int | None = None
-    version: str | None = None
-    problem: str | None = None
 
 
 @dataclass(slots=True)
@@ -257,7 +232,7 @@ class AdapterPool:
                 raise
             entry.seen = None
         except (OSError, DataError) as error:
-            entry.problem = ServingError(f"adapter {name}", f"cannot be read: {_reason(error)}.", "Try again.")
+            entry.problem = ServingError(f"adapter {name}", f"cannot be read: {reason(error)}.", "Try again.")
             if entry.current is None:
                 raise entry.problem from None
             logger.warning("%s Version %s goes on.", entry.problem, entry.current.version)
@@ -314,7 +289,7 @@ class AdapterPool:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            version = _copy_hashed(files, partial)
+            version = copy_hashed(files, partial)
             with (partial / CONFIG_FILE).open("rb") as config, (partial / WEIGHTS_FILE).open("rb") as weights:
                 size = (partial / WEIGHTS_FILE).stat().st_size
                 shapes = read_shapes(weights, where, num_bytes=size)
@@ -348,138 +323,6 @@ class AdapterPool:
         return time.time() - adapter.last_used >= IDLE_S and not (is_current and adapter.engine_id in held)
 
 
-def open_adapters(args: ServeArgs) -> AdapterRoot | None:
-    """The root that a configuration names; None when it names none. Raises ServingError."""
-    if args.adapter is not None:
-        return open_single(args.adapter)
-    return open_root(args.adapters) if args.adapters is not None else None
-
-
-def resolve_adapters(args: ServeArgs, *, warn: bool = True) -> dict[str, Any]:
-    """Checks what can be checked before an engine starts, and returns the settings as a replica elsewhere needs them.
-
-    An `adapter` that cannot be served is refused; of `adapters` the others are served, with a warning for it.
-    `max_adapter_rank` becomes the one that engines make room for: replicas must not choose for themselves.
-    Raises ConfigError, ModelError and ServingError.
-    """
-    root = open_adapters(args)
-    if root is None:
-        return {}
-    for key, remedy in _ENGINE_KEYS.items():
-        if key in args.engine:
-            raise ConfigError(f"engine.{key}", "excludes adapter and adapters.", remedy)
-    linear = linear_shapes(as_folder(args.model))
-    limit = servable_rank(args.max_adapter_rank) if args.max_adapter_rank else None
-    try:
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(lambda name: survey(root, name, linear=linear, max_rank=limit), root.names()))
-        ignored = root.ignored()
-    except (OSError, DataError) as error:
-        raise ServingError("adapters", f"cannot be read: {_reason(error)}.", "Check the address.") from None
-    there = [item for item in found if item is not None]
-    if args.adapter is not None:
-        _insist(args.adapter, there)
-    if warn:
-        for name, reason in ignored:
-            logger.warning("adapter %r %s: it is not served.", name, reason)
-        for item in there:
-            if item.problem:
-                logger.warning("%s Other adapters are served.", item.problem)
-    highest = max((item.rank for item in there if item.rank is not None), default=DEFAULT_RANK)
-    return {
-        "adapter": _absolute(args.adapter),
-        "adapters": _absolute(args.adapters),
-        "max_adapter_rank": limit or servable_rank(highest),
-    }
-
-
-def engine_settings(args: ServeArgs, *, on_cpu: bool) -> dict[str, Any]:
-    """vLLM's arguments for the adapters of a configuration whose `max_adapter_rank` is resolved."""
-    if args.adapter is None and args.adapters is None:
-        return {}
-    rank = servable_rank(args.max_adapter_rank or DEFAULT_RANK)
-    count = 1 if args.adapter is not None else args.max_adapters
-    # Room for one more of a single adapter: a new version is loaded while requests run on the former.
-    slots = count + 1 if args.adapter is not None else count
-    settings = {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": rank}
-    return settings | ({"worker_extension_cls": CPU_EXTENSION} if on_cpu else {})
-
-
-def survey(
-    root: AdapterRoot,
-    name: str,
-    *,
-    linear: dict[str, Shape] | None,
-    max_rank: int | None,
-    known: Survey | None = None,
-    hashed: bool = False,
-) -> Survey | None:
-    """What can be said of an adapter without loading it; None when there is none.
-
-    known: the last answer, good while the files are the same. hashed: with the version, which reads all of them.
-    Raises OSError and DataError.
-    """
-    files, where = root.files(name), f"adapter {name}"
-    assert files is not None
-    seen = ""
-    try:
-        seen = files.fingerprint() or ""
-        if not seen:
-            return None
-        if seen == PICKLED:
-            raise pickle_refused(where)
-        if known is not None and known.fingerprint == seen:
-            return known
-        with files.open(CONFIG_FILE) as config, files.open(WEIGHTS_FILE) as weights:
-            shapes = read_shapes(weights, where, num_bytes=files.num_bytes(WEIGHTS_FILE))
-            rank = check_servable(read_config(config, where), shapes, where, linear=linear, max_rank=max_rank)
-        return Survey(seen, rank, _hash(files) if hashed else None)
-    except ModelError as error:
-        return Survey(seen, problem=str(error))
-
-
-def _absolute(address: str | None) -> str | None:
-    return address if address is None or scheme_of(address) else str(Path(address).expanduser().absolute())
-
-
-def _insist(address: str, found: list[Survey]) -> None:
-    if not found:
-        raise ModelError(
-            address, f"has no {CONFIG_FILE} and {WEIGHTS_FILE}, so it is no adapter.", "Give a PEFT adapter folder."
-        )
-    if found[0].problem:
-        where, _, problem = found[0].problem.partition(": ")
-        raise ModelError(address, problem or where)
-
-
-def _copy_hashed(files: AdapterFiles, folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        with files.open(file) as source, (folder / file).open("wb") as target:
-            _digest(digest, file, source, target)
-    return digest.hexdigest()[:_VERSION_DIGITS]
-
-
-def _hash(files: AdapterFiles) -> str:
-    digest = hashlib.sha256()
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        with files.open(file) as source:
-            _digest(digest, file, source)
-    return digest.hexdigest()[:_VERSION_DIGITS]
-
-
-def _digest(digest: Any, file: str, source: BinaryIO, target: BinaryIO | None = None) -> None:
-    """Name, bytes and their number, so that what belongs to one file cannot pass for the other's."""
-    digest.update(file.encode() + b"\0")
-    count = 0
-    while piece := source.read(2**20):
-        digest.update(piece)
-        count += len(piece)
-        if target is not None:
-            target.write(piece)
-    digest.update(count.to_bytes(8, "little"))
-
-
 def _is_fresh(entry: _Entry, asked: float) -> bool:
     """Whether the files were looked at late enough for a request that came at `asked`."""
     return asked < entry.good_until and _is_intact(entry)
@@ -487,7 +330,3 @@ def _is_fresh(entry: _Entry, asked: float) -> bool:
 
 def _is_intact(entry: _Entry) -> bool:
     return entry.current is None or (entry.current.folder / WEIGHTS_FILE).exists()
-
-
-def _reason(error: BaseException) -> str:
-    return (next(iter(str(error).splitlines()), "") or type(error).__name__).rstrip(".")

@@ -7,7 +7,7 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.errors import RaylmError
-from raylm.serving.adapters import resolve_adapters
+from raylm.serving.adapter_survey import resolve_adapters
 from raylm.serving.checks import (
     check_draft,
     check_model,

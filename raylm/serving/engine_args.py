@@ -8,7 +8,7 @@ from typing import Any
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError
 from raylm.models.drafts import speculative_config
-from raylm.serving.adapters import engine_settings, open_adapters
+from raylm.serving.adapter_survey import engine_settings, open_adapters
 from raylm.serving.tool_parsers import tool_settings
 
 # Set by a field of ours, or by Ray Serve, which does the listening.

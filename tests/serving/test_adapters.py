@@ -25,13 +25,8 @@ from raylm.inference.generate import run_generation
 from raylm.models.adapter_files import check_folder, linear_shapes, servable_rank
 from raylm.serving import adapters as adapters_module
 from raylm.serving.adapter_root import LocalRoot, open_root, open_single
-from raylm.serving.adapters import (
-    CPU_EXTENSION,
-    AdapterPool,
-    UnknownAdapterError,
-    engine_settings,
-    resolve_adapters,
-)
+from raylm.serving.adapter_survey import CPU_EXTENSION, engine_settings, resolve_adapters
+from raylm.serving.adapters import AdapterPool, UnknownAdapterError
 from raylm.serving.engine_args import adapter_model, command_line
 from tests.serving.adapter_support import CountingEngine, build_adapter, replace_adapter
 
