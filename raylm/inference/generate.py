@@ -21,7 +21,7 @@ from raylm.data.schema import Message, RowProblem
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import DataError, ModelError, RaylmError
 from raylm.inference.engine import engine_environment, load_engine
-from raylm.models.drafts import portable, speculative_config
+from raylm.models.drafts import engine_options, portable
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session
 
@@ -110,10 +110,7 @@ def _answer(ray: Any, config: GenerateConfig, folder: str, conversations: list[l
 
 
 def _speculation(config: GenerateConfig, folder: str, *, use_gpu: bool) -> dict[str, Any]:
-    if config.speculation is None:
-        return {}
-    found = speculative_config(config.speculation, folder, use_gpu=use_gpu, max_model_len=config.max_model_len)
-    return {"speculative_config": found}
+    return engine_options(config.speculation, folder, use_gpu=use_gpu, max_model_len=config.max_model_len)
 
 
 class _Engine:

@@ -7,7 +7,7 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError
-from raylm.models.drafts import speculative_config
+from raylm.models.drafts import engine_options
 
 # Set by a field of ours, or by Ray Serve, which does the listening.
 RESERVED = {
@@ -37,9 +37,12 @@ def check_engine_keys(engine: Mapping[str, Any]) -> None:
 
 
 def check_speculation(args: ServeArgs) -> None:
-    """Raises ConfigError where speculation is set twice."""
-    if args.speculation is not None and "speculative_config" in args.engine:
-        raise ConfigError("engine.speculative_config", "excludes speculation.", "Drop one of the two.")
+    """Raises ConfigError where speculation is set twice, or what it needs of the engine is set otherwise."""
+    if args.speculation is None:
+        return
+    for key in ("speculative_config", "worker_extension_cls"):
+        if key in args.engine:
+            raise ConfigError(f"engine.{key}", "excludes speculation.", "Drop one of the two.")
 
 
 def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: bool) -> list[str]:
@@ -56,10 +59,7 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
-    if args.speculation is not None:
-        settings["speculative_config"] = speculative_config(
-            args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len
-        )
+    settings |= engine_options(args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len)
     settings |= args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from raylm.config.speculation import SpeculationSection
-from raylm.models.drafts import speculative_config
+from raylm.models.drafts import engine_options
 from tests.tiny import build_tiny_model
 
 PROGRAM = Path(__file__).with_name("engines.py")
@@ -54,10 +54,8 @@ def run_engines(jobs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
 def engine(model: Path, speculation: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
     """Arguments of vLLM for a model and the section `speculation`, as raylm passes them."""
     arguments: dict[str, Any] = {"model": str(model), "max_num_seqs": RUNNING, **options}
-    if speculation is not None:
-        section = SpeculationSection.model_validate(speculation)
-        arguments["speculative_config"] = speculative_config(section, str(model), use_gpu=False)
-    return arguments
+    section = SpeculationSection.model_validate(speculation) if speculation is not None else None
+    return arguments | engine_options(section, str(model), use_gpu=False)
 
 
 def prompts(count: int, vocabulary: int, *, seed: int = 0) -> list[list[int]]:
