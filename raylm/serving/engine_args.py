@@ -7,7 +7,7 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError
-from raylm.models.drafts import engine_options
+from raylm.models.drafts import WORKER_REPAIR, engine_options
 
 # Set by a field of ours, or by Ray Serve, which does the listening.
 RESERVED = {
@@ -60,6 +60,8 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
     settings |= engine_options(args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len)
+    if on_cpu and args.engine.get("speculative_config"):
+        settings["worker_extension_cls"] = WORKER_REPAIR
     settings |= args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 
