@@ -260,7 +260,7 @@ def test_every_method_gives_the_same_200_answers(target: Path, vocabulary: int, 
         "medusa": {"method": "medusa", "model": medusa_heads(target, tmp_path / "medusa")},
     }
     jobs = [
-        {"name": name, "engine": engine(target, speculation, max_num_seqs=100), "rounds": rounds}
+        {"name": name, "engine": engine(target, speculation, max_num_seqs=200), "rounds": rounds}
         for name, speculation in speculations.items()
     ]
     answers = run_engines(jobs, tmp_path / "run")
