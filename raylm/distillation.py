@@ -277,7 +277,7 @@ def _answer(
     from vllm import SamplingParams
 
     from raylm.config.speculation import SpeculationSection
-    from raylm.models.drafts import speculative_config
+    from raylm.models.drafts import engine_options
 
     options: dict[str, Any] = {"disable_log_stats": False, "enable_prefix_caching": False}
     if draft is not None:
@@ -287,9 +287,7 @@ def _answer(
             num_speculative_tokens=config.num_speculative_tokens,
             off_above=None,
         )
-        options["speculative_config"] = speculative_config(
-            section, model, use_gpu=use_gpu, max_model_len=config.max_model_len
-        )
+        options |= engine_options(section, model, use_gpu=use_gpu, max_model_len=config.max_model_len)
     engine = load_engine(
         model,
         dtype=config.dtype,

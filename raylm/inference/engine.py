@@ -6,7 +6,7 @@ from typing import Any
 
 from raylm.config import GenerateConfig
 from raylm.errors import ConfigError, ModelError, nearest
-from raylm.models.drafts import speculative_config
+from raylm.models.drafts import engine_options
 
 # Set by a field of GenerateConfig.
 RESERVED = {"model": "model", "max_model_len": "max_model_len", "dtype": "dtype", "seed": "seed"}
@@ -37,10 +37,7 @@ def gpus_of_replica(engine: Mapping[str, Any]) -> int:
 
 def speculation_options(config: GenerateConfig, folder: str, *, use_gpu: bool) -> dict[str, Any]:
     """Options of `load_engine` for `speculation`. Raises ModelError for a draft that does not fit the model."""
-    if config.speculation is None:
-        return {}
-    found = speculative_config(config.speculation, folder, use_gpu=use_gpu, max_model_len=config.max_model_len)
-    return {"speculative_config": found}
+    return engine_options(config.speculation, folder, use_gpu=use_gpu, max_model_len=config.max_model_len)
 
 
 def load_engine(

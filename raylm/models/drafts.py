@@ -17,9 +17,21 @@ from raylm.models.folder import PACKAGE_PREFIX, as_folder, is_adapter, locate
 
 logger = logging.getLogger(__name__)
 
+WORKER_REPAIR = "raylm.models.vllm_cpu.SpeculationRepair"
+"""vLLM's `worker_extension_cls` for speculation without GPU: its sampling is wrong otherwise."""
 _WHERE = "speculation.model"
 # Under which of these a configuration counts the layers for multi-token prediction.
 _MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_config")
+
+
+def engine_options(
+    section: SpeculationSection | None, target: str, *, use_gpu: bool, max_model_len: int | None = None
+) -> dict[str, Any]:
+    """vLLM's engine arguments for speculation, empty without. Arguments and errors as for `speculative_config`."""
+    if section is None:
+        return {}
+    found = {"speculative_config": speculative_config(section, target, use_gpu=use_gpu, max_model_len=max_model_len)}
+    return found if use_gpu else {**found, "worker_extension_cls": WORKER_REPAIR}
 
 
 def speculative_config(

@@ -26,6 +26,8 @@ def correct_kernels() -> None:
     import torch
     from vllm.lora.punica_wrapper import punica_cpu
 
+    import raylm.models.vllm_cpu  # noqa: F401  (vLLM takes one extension: speculation beside adapters needs both)
+
     def corrected(kernel: Callable[..., None], indices: Callable[..., torch.Tensor]) -> Callable[..., None]:
         def run(inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, *rest: Any) -> None:
             kernel(inputs, weights, output, *rest)

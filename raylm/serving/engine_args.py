@@ -7,7 +7,7 @@ from typing import Any
 
 from raylm.config.serving import ServeArgs
 from raylm.errors import ConfigError
-from raylm.models.drafts import speculative_config
+from raylm.models.drafts import WORKER_REPAIR, engine_options
 from raylm.serving.adapter_survey import engine_settings, open_adapters
 from raylm.serving.tool_parsers import tool_settings
 
@@ -51,9 +51,12 @@ def check_engine_keys(engine: Mapping[str, Any]) -> None:
 
 
 def check_speculation(args: ServeArgs) -> None:
-    """Raises ConfigError where speculation is set twice."""
-    if args.speculation is not None and "speculative_config" in args.engine:
-        raise ConfigError("engine.speculative_config", "excludes speculation.", "Drop one of the two.")
+    """Raises ConfigError where speculation is set twice, or what it needs of the engine is set otherwise."""
+    if args.speculation is None:
+        return
+    for key in ("speculative_config", "worker_extension_cls"):
+        if key in args.engine:
+            raise ConfigError(f"engine.{key}", "excludes speculation.", "Drop one of the two.")
 
 
 def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: bool) -> list[str]:
@@ -71,11 +74,10 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
-    if args.speculation is not None:
-        settings["speculative_config"] = speculative_config(
-            args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len
-        )
-    settings |= engine_settings(args, on_cpu=on_cpu)
+    settings |= engine_options(args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len)
+    if on_cpu and args.engine.get("speculative_config"):
+        settings["worker_extension_cls"] = WORKER_REPAIR
+    settings |= engine_settings(args, on_cpu=on_cpu)  # its worker extension brings that of speculation as well
     settings |= tool_settings(args.tool_parser, args.engine, folder) | args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]
 

@@ -80,6 +80,7 @@ def test_engine_arguments_win_over_our_defaults_and_keep_their_types() -> None:
     words = command_line(ServeArgs(model="b", dtype="float16", engine=engine), "b", on_cpu=True, native_bf16=False)
     assert words == [
         *("--model", "b", "--served-model-name", "b", "--dtype", "float16", "--no-enforce-eager"),
+        *("--worker-extension-cls", "raylm.models.vllm_cpu.SpeculationRepair"),  # vLLM samples wrongly without
         *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4}'),
         *("--allowed-origins", '["*", "http://a"]', "--stream-interval", "4", "--enable-log-requests"),
     ]
@@ -118,8 +119,15 @@ def test_speculation_becomes_vllms_own_setting_once() -> None:
         "prompt_lookup_max": 3,
     }
     check_speculation(args)
-    with pytest.raises(ConfigError, match=r"engine.speculative_config: excludes speculation"):
-        check_speculation(args.model_copy(update={"engine": {"speculative_config": {"method": "ngram"}}}))
+    for key, value in (("speculative_config", {"method": "ngram"}), ("worker_extension_cls", "a.B")):
+        with pytest.raises(ConfigError, match=rf"engine.{key}: excludes speculation"):
+            check_speculation(args.model_copy(update={"engine": {key: value}}))
+
+
+def test_speculation_without_gpu_brings_the_repair_of_its_sampling() -> None:
+    args = ServeArgs.model_validate({"model": "a/b", "speculation": {"method": "ngram"}})
+    assert "raylm.models.vllm_cpu.SpeculationRepair" in command_line(args, "a/b", on_cpu=True, native_bf16=False)
+    assert "--worker-extension-cls" not in command_line(args, "a/b", on_cpu=False, native_bf16=False)
 
 
 def test_two_servers_on_a_machine_share_no_port_of_haproxy() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from raylm.config.speculation import SpeculationSection
-from raylm.models.drafts import speculative_config
+from raylm.models.drafts import engine_options
 from tests.tiny import build_tiny_model
 
 PROGRAM = Path(__file__).with_name("engines.py")
@@ -54,10 +54,8 @@ def run_engines(jobs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
 def engine(model: Path, speculation: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
     """Arguments of vLLM for a model and the section `speculation`, as raylm passes them."""
     arguments: dict[str, Any] = {"model": str(model), "max_num_seqs": RUNNING, **options}
-    if speculation is not None:
-        section = SpeculationSection.model_validate(speculation)
-        arguments["speculative_config"] = speculative_config(section, str(model), use_gpu=False)
-    return arguments
+    section = SpeculationSection.model_validate(speculation) if speculation is not None else None
+    return arguments | engine_options(section, str(model), use_gpu=False)
 
 
 def prompts(count: int, vocabulary: int, *, seed: int = 0) -> list[list[int]]:
@@ -262,7 +260,7 @@ def test_every_method_gives_the_same_200_answers(target: Path, vocabulary: int, 
         "medusa": {"method": "medusa", "model": medusa_heads(target, tmp_path / "medusa")},
     }
     jobs = [
-        {"name": name, "engine": engine(target, speculation, max_num_seqs=100), "rounds": rounds}
+        {"name": name, "engine": engine(target, speculation, max_num_seqs=200), "rounds": rounds}
         for name, speculation in speculations.items()
     ]
     answers = run_engines(jobs, tmp_path / "run")
@@ -372,7 +370,7 @@ def test_sampled_answers_have_the_models_distribution(tmp_path: Path) -> None:
         assert p_value(found["ids"], exact, words) > 1e-3, name
         assert p_value(found["ids"], other, words) < 1e-9, name  # the test does tell distributions apart
         if name != "none":
-            assert 0.1 < found["counters"]["accepted_tokens"] / found["counters"]["draft_tokens"] < 0.9, name
+            assert 0.02 < found["counters"]["accepted_tokens"] / found["counters"]["draft_tokens"] < 0.98, name
 
 
 def near_words(folder: Path, settings: dict[str, Any]) -> Path:
