@@ -89,7 +89,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     names = {child.pid: command_line(child) for child in children}
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150  # agents of Ray look for their parent now and then
     while (alive := [child for child in children if runs(child)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     for child in alive:
