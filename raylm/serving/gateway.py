@@ -13,6 +13,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs
 
 from raylm.serving.access_log import stop_writing, write_beside_the_replica_log
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
@@ -109,7 +110,8 @@ class GatewayApp:
             await _OF_ALL[path](self, scope, send)
             return
         content = _content(body)
-        name = content.get("model") if isinstance(content, Mapping) else _form_model(scope, body)
+        named = content.get("model") if isinstance(content, Mapping) else _form_model(scope, body)
+        name = named or _query_model(scope)
         engine = self._engine(name) or await self._lister(name, scope)
         if engine is not None:
             await self._pass_on(engine, scope, body, content, send)
@@ -139,7 +141,7 @@ class GatewayApp:
 
     async def _without_name(self, scope: Message, body: bytes, content: Any, send: Send) -> None:
         """A request that names no model: what only one engine could mean, or what each would answer alike."""
-        if len(self._all) > 1 and isinstance(content, Mapping):
+        if len(self._all) > 1 and (isinstance(content, Mapping) or _is_of_adapters(scope)):
             names = ", ".join(self._by_name)
             await _respond(
                 send, 400, _error(f"model is missing; it is one of {names}.", "BadRequestError", "model", 400)
@@ -281,6 +283,16 @@ def _content(body: bytes) -> Any:
         return from_json(body)
     except ValueError:
         return None
+
+
+def _query_model(scope: Message) -> str | None:
+    """`?model=NAME`, for routes without a body, such as those of adapters."""
+    found = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model")
+    return found[0] if found else None
+
+
+def _is_of_adapters(scope: Message) -> bool:
+    return f"{scope['path']}/".startswith("/v1/adapters/")
 
 
 def _form_model(scope: Message, body: bytes) -> str | None:
