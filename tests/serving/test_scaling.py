@@ -43,9 +43,7 @@ def eventually(holds: Callable[[], bool], seconds: float) -> bool:
     return held
 
 
-def test_a_conversation_comes_back_to_the_replica_that_has_its_beginning(
-    ray_cluster: Any, served_model_dir: Path
-) -> None:
+def test_a_conversation_comes_back_to_the_replica_that_has_its_beginning(ray_cluster: Any, tmp_path: Path) -> None:
     """Every later turn finds all whole blocks of the turn before in the cache: a count that other routing misses."""
     model = build_tiny_model(tmp_path / "m", hidden_size=128, max_position_embeddings=2048)
     settings = {"model": str(model), "kv_cache_gib": 0.1, "port": free_port(), "engine": {"block_size": BLOCK}}
