@@ -13,8 +13,9 @@ from raylm.config.load import load_config
 from raylm.config.serving import ServeConfig
 from raylm.serving import serve
 from tests.serving.servers import free_port
+from tests.tiny import build_tiny_model
 
-BLOCK = 16
+BLOCK = 32
 pytestmark = pytest.mark.slow
 
 
@@ -42,12 +43,11 @@ def eventually(holds: Callable[[], bool], seconds: float) -> bool:
     return held
 
 
-def test_a_conversation_comes_back_to_the_replica_that_has_its_beginning(
-    ray_cluster: Any, served_model_dir: Path
-) -> None:
+def test_a_conversation_comes_back_to_the_replica_that_has_its_beginning(ray_cluster: Any, tmp_path: Path) -> None:
     """Every later turn finds all whole blocks of the turn before in the cache: a count that other routing misses."""
-    settings = {"model": str(served_model_dir), "name": "m", "kv_cache_gib": 0.1, "port": free_port()}
-    conversations = [[10 + number, *range(20, 84)] for number in range(16)]
+    model = build_tiny_model(tmp_path / "m", hidden_size=128, max_position_embeddings=2048)
+    settings = {"model": str(model), "kv_cache_gib": 0.1, "port": free_port(), "engine": {"block_size": BLOCK}}
+    conversations = [[10 + number, *range(20, 276)] for number in range(16)]
     with serve(load_config(ServeConfig, {**settings, "num_replicas": 2, "routing": "prefix"})) as server:
         expected = 0
         for turn in range(3):
