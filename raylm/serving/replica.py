@@ -27,6 +27,8 @@ from raylm.serving.usage import Metered, watch
 
 _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
 
+_OPERATORS = ("/scale_elastic_ep", "/is_scaling_elastic_ep")
+
 
 class Replica:
     """Holds the engine for the life of a Serve replica.
@@ -67,6 +69,7 @@ class Replica:
             tasks = await self._engine.get_supported_tasks()
             close_vllm_adapter_routes(self._args)
             app = build_app(self._namespace, tasks, self._engine.model_config)
+            close_operators_routes(app)
             await init_app_state(self._engine, app.state, self._namespace, tasks)
             await serve_adapters(app, self._engine, self._args, self._exit_stack)
         if len(self._namespace.served_model_name) > 1:
@@ -105,6 +108,11 @@ class Replica:
     async def check_health(self) -> None:
         """Raises when the engine is dead: Serve then replaces the replica."""
         await self._engine.check_health()
+
+
+def close_operators_routes(app: Any) -> None:
+    """Takes vLLM's routes away that change the engine's processes: here that is Ray Serve's to do, not a client's."""
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in _OPERATORS]
 
 
 def _parse(args: ServeArgs, folder: str) -> Namespace:

@@ -51,6 +51,15 @@ def ask_renderer(model: Path, test: WithClient, *, limits: LimitsSection | None 
     asyncio.run(run())
 
 
+def test_no_client_changes_the_engines_processes(served_model_dir: Path) -> None:
+    from raylm.serving.replica import close_operators_routes
+
+    app, _ = vllm_app(served_model_dir, tasks=("generate",))
+    before = {route.path for route in app.routes}
+    close_operators_routes(app)
+    assert before - {route.path for route in app.routes} == {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
+
+
 def test_every_route_of_vllm_but_health_needs_a_key(served_model_dir: Path) -> None:
     """Known fault Z06: the routes of the app itself, those too that its description leaves out."""
     app, _ = vllm_app(served_model_dir, tasks=("generate",))
