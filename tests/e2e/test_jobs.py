@@ -31,6 +31,7 @@ def cluster() -> Iterator[dict[str, str]]:
     """A head node of its own, started with `ray start` as a user would."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     start = [str(BIN / "ray"), "start", "--head", f"--port={PORT}", "--dashboard-port=48265", "--num-cpus=2", "--block"]
+    start += ["--dashboard-agent-listen-port=48266"]  # another Ray of this machine may have the usual one
     # Not `ray stop` at the end: it would stop every Ray on the machine.
     head = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     yield {**environment, "RAY_ADDRESS": "http://127.0.0.1:48265"}
