@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,10 @@ def test_one_metrics_page_after_traffic(server: Running) -> None:
     before = server.metrics()
     for name in ("completion", "chat", "prompt longer than the context"):
         send(server.url, REQUESTS[name], key=KEY)
-    page = server.get("/metrics").text
+    deadline = time.monotonic() + 120
+    while "ray_serve_deployment_replica_healthy{" not in (page := server.get("/metrics").text):
+        assert time.monotonic() < deadline, page  # Ray hands Serve's figures on every few seconds
+        time.sleep(1)
     after = server.metrics()
     there = samples(page)
     assert after["vllm:generation_tokens_total"] - before.get("vllm:generation_tokens_total", 0) == 16
