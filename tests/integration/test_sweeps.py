@@ -242,7 +242,7 @@ def test_the_job_form_trains_the_best_again(sweep_file: Callable[..., Path], tmp
     first = job(tmp_path, "sweep.yaml")
     assert first["states"] == {"finished": 1}
     folder = tmp_path / "sweep"
-    (event,) = [line for line in read_events(folder / "trials" / "0000") if line["phase"] == "training"]
+    event = next(line for line in read_events(folder / "trials" / "0000") if "workers" in line)
     assert event["workers"] == 2
     retrained = Path(first["retrained_dir"])
     assert max(line["step"] for line in read_metrics(retrained)) == 15
