@@ -122,7 +122,7 @@ def _peer(folder: Path, base: dict[str, Any], rates: list[float], concurrency: i
     started = time.perf_counter()
     grid = [{"rate": rate, "dir": str(folder / f"peer-{place}")} for place, rate in enumerate(rates)]
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"cpu": 0}),
+        tune.with_resources(trial, {"cpu": 0.01}),  # Ray wants something; the trainings take their own
         param_space={"one": tune.grid_search(grid)},
         tune_config=tune.TuneConfig(max_concurrent_trials=concurrency),
         run_config=tune.RunConfig(storage_path=str(folder / "peer-tune"), verbose=0),

@@ -31,6 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--optimizers", help="rows of the matrix of optimizers, with commas between; all by default")
 
 
+@pytest.fixture(autouse=True)
+def root_log_level() -> Iterator[None]:
+    """vLLM raises it when its server's modules are imported, and tests after that would see no log."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return build_tokenizer()
