@@ -129,9 +129,9 @@ class Answers:
             batch.prompt_tokens,
             batch.tokens,
         )
-        self.ledger.add(entry)
         with _said(self.work):
             self._file.write(batch.lines)
+        self.ledger.add(entry)  # last: the ledger never names what could not be written
         self._offset += len(batch.lines)
         if self.ledger.shard_rows[self._shard] >= self._shard_rows:
             self._close_shard()

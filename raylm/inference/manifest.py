@@ -78,7 +78,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Complete or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.partial")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
         file.flush()

@@ -47,7 +47,8 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def _complete(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path`, on the disk, when the block ends well."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    # Whoever writes holds the lock of the answers, so what a kill leaves under this name is written over.
+    scratch = path.with_name(f".{path.name}.partial")
     try:
         yield scratch
         with scratch.open("rb+") as file:

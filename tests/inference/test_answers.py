@@ -252,8 +252,12 @@ def test_parquet_holds_the_same_and_is_read_back_as_conversations(tmp_path: Path
     assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == b"".join(lines)
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_written(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE in a process of its own stands for a full disk: writes fail in the middle of a batch."""
+@pytest.mark.parametrize("size", [10, 500])
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_written(tmp_path: Path, size: int) -> None:
+    """RLIMIT_FSIZE in a process of its own stands for a full disk: writes fail in the middle of a batch.
+
+    500 rows are more than a buffer of Python's, so that the write itself fails and not the flush behind it.
+    """
     program = """
 import resource, signal, sys
 from tests.inference.test_answers import MANIFEST, batch
@@ -262,23 +266,25 @@ from raylm.inference.answers import Answers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
     with Answers(sys.argv[1], MANIFEST) as answers:
-        answers.add(batch(0, 0, 10))
+        size = int(sys.argv[2])
+        answers.add(batch(0, 0, size))
         answers.commit()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-        for start in range(10, 1000, 10):
-            answers.add(batch(0, start, start + 10))
+        limit = 50 * size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        for start in range(size, 10 * size, size):
+            answers.add(batch(0, start, start + size))
             answers.commit()
 except DataError as error:
     print(error)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "out.jsonl")]
+    command = [sys.executable, "-c", program, str(tmp_path / "out.jsonl"), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
     assert "cannot be written: File too large. Free disk space" in done.stdout, done.stderr
     with Answers(str(tmp_path / "out.jsonl"), MANIFEST) as answers:
         rows = answers.totals.rows
-        assert rows >= 10
+        assert size <= rows < 10 * size
         assert list(answers.ledger.done[0]) == [(0, rows)]
-        for one in missing(answers, [1000], 100):
+        for one in missing(answers, [10 * size], 100):
             answers.add(one)
         answers.finish([0])
-    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(line(0, row) for row in range(1000))
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(line(0, row) for row in range(10 * size))
