@@ -157,7 +157,7 @@ def _answered(
 ) -> Iterator[dict[str, Any]]:
     """Rows of ANSWERED, in the order in which they get ready."""
     gpus = gpus_of_replica(config.engine)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_replicas * gpus
+    use_gpu = has_gpus(ray.cluster_resources().get("GPU", 0), config)
     environment = engine_environment(config.kv_cache_gib, use_gpu=use_gpu)
     if not use_gpu:
         environment["OMP_NUM_THREADS"] = str(config.num_cpus)
@@ -189,6 +189,20 @@ def _answered(
     finally:
         if hasattr(stream, "close"):
             stream.close()
+
+
+def has_gpus(available: float, config: GenerateConfig) -> bool:
+    """Whether the engines run on GPUs: where there is none, they run on CPUs. Raises ConfigError where some are
+    missing."""
+    each = gpus_of_replica(config.engine)
+    needed = config.num_replicas * each
+    if 0 < available < needed:
+        raise ConfigError(
+            "num_replicas",
+            f"{config.num_replicas} engines of {each} GPUs need {needed}, and the cluster has {available:g}.",
+            "Lower num_replicas or engine.tensor_parallel_size.",
+        )
+    return available >= needed
 
 
 def _unless_engines_die(found: Iterator[dict[str, Any]], ray: Any, model: str) -> Iterator[dict[str, Any]]:

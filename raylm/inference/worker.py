@@ -134,14 +134,13 @@ class Answerer:
         failed = Counter(row.error[0] for row in rows if row.error)
         fault = next((row for row in rows if row.error), None)
         outputs = [output for row in rows for output in row.made]
+        lines = "".join(f"{json.dumps(self._line(row), ensure_ascii=False)}\n" for row in rows)
         return {
             "file": file,
             "start": start,
             "stop": start + len(rows),
             "num_rows": batch["num_rows"],
-            "lines": "".join(f"{json.dumps(self._line(row), ensure_ascii=False)}\n" for row in rows).encode(
-                errors="replace"
-            ),
+            "lines": lines.encode(errors="replace"),  # JSON may hold half of a surrogate pair, UTF-8 may not
             "failed": json.dumps(failed),
             "stopped": "",
             "fault": json.dumps([fault.place, fault.error[1]]) if fault and fault.error else "",

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raylm.config import GenerateConfig
 from raylm.data.readers import RawRow, read_rows
 from raylm.errors import DataError, RunDirError
 from raylm.inference.answers import Answers, Batch
-from raylm.inference.manifest import Manifest
+from raylm.inference.manifest import Manifest, describe, differences
 from raylm.inference.output import kind_of_output, write_answers
 from raylm.inference.reading import batches_of
 
@@ -188,6 +189,86 @@ def test_damage_is_said_and_never_part_of_the_output(tmp_path: Path) -> None:
         Answers(str(output), MANIFEST)
 
 
+@pytest.mark.parametrize("output", ["out.jsonl", "out/"])
+def test_a_start_anew_that_is_killed_mixes_no_runs(tmp_path: Path, output: str, monkeypatch: Any) -> None:
+    """The removal of a finished run's answers stops at each of its steps; the old settings come back afterwards."""
+    other = Manifest({"temperature": 0.5}, MANIFEST.model, MANIFEST.input)
+    target = str(tmp_path / output)
+    if output == "out/":
+        target += "/"
+
+    class Killed(Exception):
+        pass
+
+    for steps in range(20):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        with Answers(target, MANIFEST, shard_rows=2) as answers:
+            for one in missing(answers, [5, 3], 2):
+                answers.add(one)  # closes shards, and is not finished
+        left = [steps]
+
+        def unlink(path: Path, missing_ok: bool = False, left: list[int] = left) -> None:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            if path.exists() or not missing_ok:
+                os.unlink(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            try:
+                Answers(target, other, overwrite=True, shard_rows=3)._lock.close()
+            except Killed:
+                pass
+            else:
+                break
+        manifest = json.loads(next(tmp_path.rglob("manifest.json")).read_text())
+        assert manifest["settings"] == MANIFEST.settings
+        with pytest.raises(RunDirError, match="answers of another run"):
+            Answers(target, other)
+        done = finished(target, shard_rows=7)
+        assert done.totals.rows == 8
+        files = sorted((tmp_path / "out").glob("part-*")) if done.is_folder else [tmp_path / "out.jsonl"]
+        expected = [line(file, row) for file, size in enumerate([5, 3]) for row in range(size)]
+        assert sorted(b"".join(file.read_bytes() for file in files).splitlines(keepends=True)) == sorted(expected)
+    assert steps > 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / f"out.{kind}"
+    prompts = Manifest({}, "", {"prompts": "1"})
+
+    def run(manifest: Manifest, **options: Any) -> None:
+        with Answers(str(output), manifest, **options) as answers:
+            found = [{"id": 0, "answer": "a", "finish_reason": "stop", "tokens": 1}]
+            answers.add(Batch(-1, 0, 1, json.dumps(found[0]).encode() + b"\n"))
+            answers.end_file(-1, 1)
+            answers.finish([-1])
+            answers.discard()
+
+    for text in ("mine\n", '{"id": 0, "text": "mine"}\n', ""):
+        output.write_text(text)
+        for manifest in (prompts, MANIFEST):
+            with pytest.raises(RunDirError, match=r"is there, and no run .* Set overwrite=true"):
+                run(manifest)
+        assert output.read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    run(prompts, overwrite=True)
+    run(prompts)  # as the answers of prompts are replaced by the next ones
+    with pytest.raises(RunDirError, match="is there"):
+        run(MANIFEST)
+
+
+def test_what_a_kill_leaves_of_an_output_is_written_over(tmp_path: Path) -> None:
+    """A name with a process's number would stay for ever."""
+    scratch = tmp_path / ".out.jsonl.partial"
+    scratch.write_text("torn")
+    write_answers(tmp_path / "out.jsonl", "jsonl", [b"{}\n"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
 def test_missing_rows_are_no_finished_run(tmp_path: Path) -> None:
     with Answers(str(tmp_path / "out.jsonl"), MANIFEST) as answers:
         answers.end_file(0, 5)
@@ -216,6 +297,8 @@ def test_the_ending_names_the_kind() -> None:
     assert {name: kind_of_output(name) for name in kinds} == kinds
     with pytest.raises(DataError, match="unknown ending"):
         kind_of_output("a.csv")
+    with pytest.raises(DataError, match="s3://bucket/a.jsonl: is an address, and answers are written to local paths"):
+        kind_of_output("s3://bucket/a.jsonl")
 
 
 ROWS: list[dict[str, Any]] = [
@@ -288,3 +371,12 @@ except DataError as error:
             answers.add(one)
         answers.finish([0])
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(line(0, row) for row in range(10 * size))
+
+
+def test_arguments_of_the_engine_that_decide_no_answer_may_change() -> None:
+    def of(**engine: Any) -> Manifest:
+        return describe(GenerateConfig.model_validate({"model": "a/b", "prompts": ["x"], "engine": engine}), "a/b", [])
+
+    free = {"max_num_seqs": 8, "gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "kv_cache_memory_bytes": 9}
+    assert differences(of(), of(**free)) == []
+    assert differences(of(quantization="fp8"), of(**free)) == ['engine was {"quantization": "fp8"} and is {}']
