@@ -297,7 +297,7 @@ def test_the_ending_names_the_kind() -> None:
     assert {name: kind_of_output(name) for name in kinds} == kinds
     with pytest.raises(DataError, match="unknown ending"):
         kind_of_output("a.csv")
-    with pytest.raises(DataError, match="s3://bucket/a.jsonl: is an address, and answers are written to local paths"):
+    with pytest.raises(DataError, match=r"s3://bucket/a\.jsonl: is an address, and answers are written to local paths"):
         kind_of_output("s3://bucket/a.jsonl")
 
 

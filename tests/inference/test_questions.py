@@ -177,7 +177,9 @@ def test_a_file_that_cannot_be_read_on_is_not_finished(tmp_path: Path, monkeypat
     whole = brought()
     with monkeypatch.context() as patch:
         patch.setattr(
-            readers, "open_bytes", lambda path: Torn(text.encode()) if path.endswith("a.jsonl") else open(path, "rb")
+            readers,
+            "open_bytes",
+            lambda path: Torn(text.encode()) if path.endswith("a.jsonl") else io.BytesIO(text.encode()),
         )
         torn = brought()
         assert torn[:2] == [(0, 0, 3, -1), (0, 3, 1, -1)]
@@ -213,7 +215,7 @@ def test_a_cluster_with_too_few_gpus_is_not_taken_for_one_without(available: int
 
 def test_what_is_nearly_a_setting_is_no_prompt() -> None:
     for item in ("temprature=0.7", "max-tokens=5", "enginee.max_num_seqs=3"):
-        with pytest.raises(ConfigError, match="Did you mean (temperature|max_tokens|engine)"):
+        with pytest.raises(ConfigError, match=r"Did you mean (temperature|max_tokens|engine)"):
             _is_setting(item)
     assert [_is_setting(item) for item in ("temperature=1", "engine.a=1", "x=3", "Is a=b?", "modeling")] == [
         True,
