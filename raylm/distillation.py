@@ -26,8 +26,9 @@ from raylm.inference.engine import engine_environment, load_engine
 from raylm.inference.generate import run_generation
 from raylm.models.export import complete_folder
 from raylm.models.folder import as_folder
-from raylm.models.load import load_as_stored, max_positions
+from raylm.models.load import load_as_stored
 from raylm.models.load import load_config as load_model_config
+from raylm.models.rope import max_positions
 from raylm.models.shrink import check_layers, evenly_spaced, narrower_config, new_model, take_layers
 from raylm.models.vocabulary import check_output
 from raylm.ray_session import ray_session

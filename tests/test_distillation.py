@@ -74,7 +74,7 @@ def test_prompts_that_are_measured_with_and_cut_answers_are_not_trained_on() -> 
     train, held_out = split_rows(rows, eval_rows=2, max_tokens=3)
     assert train == [rows[0], rows[2], rows[4]], "the same words with tools are another prompt"
     assert held_out == rows[5:]
-    with pytest.raises(DataError, match="only 0 of 20 answers end within 3 tokens. Raise max_tokens"):
+    with pytest.raises(DataError, match=r"only 0 of 20 answers end within 3 tokens\. Raise max_tokens"):
         split_rows([answered(str(n), finish_reason="length") for n in range(21)], eval_rows=1, max_tokens=3)
     for few in (rows[:2], [answered("a")] * 5):
         with pytest.raises(DataError, match="Give more rows"):

@@ -182,7 +182,7 @@ def test_a_file_that_cannot_be_read_on_is_not_finished(tmp_path: Path, monkeypat
             lambda path: Torn(text.encode()) if path.endswith("a.jsonl") else io.BytesIO(text.encode()),
         )
         torn = brought()
-        assert torn[:2] == [(0, 0, 3, -1), (0, 3, 1, -1)]
+        assert torn[:2] == [(0, 0, 3, -1), (0, 3, 2, -1)]
         assert torn[2:] == [one for one in whole if one[0] == 1]
         assert brought(max_rows=60) == torn[:2]
         assert "a.jsonl: cannot be read: Input/output error. Its other rows wait" in caplog.text
