@@ -475,9 +475,20 @@ def _distill(options: Any) -> None:
 
 
 def _is_setting(item: str) -> bool:
+    """Whether an argument of `raylm generate` sets something. Raises ConfigError for a name that is nearly one."""
+    import difflib
+    import re
+
     from raylm.config import GenerateConfig
 
-    return item.partition("=")[0].split(".")[0] in GenerateConfig.model_fields and "=" in item
+    key, sign, _ = item.partition("=")
+    first = key.split(".")[0]
+    if not sign or first in GenerateConfig.model_fields:
+        return bool(sign)
+    near = difflib.get_close_matches(first, GenerateConfig.model_fields, n=1, cutoff=0.8)
+    if near and re.fullmatch(r"[\w.-]+", key):
+        raise ConfigError(item, f"is neither a setting nor plainly a prompt. Did you mean {near[0]}?")
+    return False
 
 
 def _preview(options: Any) -> None:

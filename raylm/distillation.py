@@ -28,6 +28,7 @@ from raylm.models.export import complete_folder
 from raylm.models.folder import as_folder
 from raylm.models.load import load_as_stored
 from raylm.models.load import load_config as load_model_config
+from raylm.models.rope import max_positions
 from raylm.models.shrink import check_layers, evenly_spaced, narrower_config, new_model, take_layers
 from raylm.models.vocabulary import check_output
 from raylm.ray_session import ray_session
@@ -37,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 REPORT = "distill.json"
 _WORK = "distillation"
+_SETTINGS = "settings.json"
+_MIN_SEQ_LEN = 512
+_MIN_SHARE_ENDED = 0.1
+"""Of the answers must have come to their end, or the draft would learn the short ones alone."""
 _TIMED = 4
 """Rows that are answered one by one, for the time a token takes."""
 
@@ -82,7 +87,8 @@ class _Answers:
 def run_distillation(config: DistillConfig) -> DistillResult:
     """Makes, trains and measures a draft. Raises RaylmError, before anything heavy where it can."""
     output = Path(config.output).expanduser().resolve()
-    check_output(output)
+    target, work = as_folder(config.model), output / _WORK
+    _check_output(config, target, output)
     section = ModelSection(path=config.model)
     model_config = load_model_config(section)
     layers = _layers(config, model_config)
@@ -91,22 +97,17 @@ def run_distillation(config: DistillConfig) -> DistillResult:
             model_config, hidden_size=config.hidden_size, num_layers=len(layers), name=config.model
         )  # says now what does not fit
     list_files(config.data)
-    _train_config(config, "m", "d", output, num_epochs=1)
-    target, work = as_folder(config.model), output / _WORK
+    _train_config(config, "m", "d", output, max_seq_len=_MIN_SEQ_LEN)
     if not load_tokenizer(target).chat_template:
         raise ModelError(config.model, "its tokenizer has no chat template.", "Use a chat model.")
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _SETTINGS).write_text(json.dumps(_settings(config, target), indent=1) + "\n")
     untrained = work / "untrained"
     with ray_session(config.cluster_address, num_cpus=max(os.cpu_count() or 1, config.num_replicas) + 1) as ray:
         parameters, target_parameters = _write_untrained(config, section, model_config, layers, untrained)
-        rows = _answered_rows(config, work)
-        train, held_out = rows[: -config.eval_rows], rows[-config.eval_rows :]
-        if not train:
-            raise DataError(
-                "data",
-                f"has {len(rows)} rows with an answer, and {config.eval_rows} are kept apart.",
-                "Give more rows.",
-            )
+        train, held_out = split_rows(
+            _answered_rows(config, work), eval_rows=config.eval_rows, max_tokens=config.max_tokens
+        )
         prompts = _prompts(config, target, held_out)
         # Whether draft and model fit each other is known after this; the training comes after.
         before = _measure(ray, config, target, prompts, draft=str(untrained), timed=0)
@@ -146,6 +147,66 @@ def predicted_speed_up(mean_length: float, *, num_speculative_tokens: int, cost_
     CPU checking costs more than that, and the prediction is too high. Source: arXiv:2211.17192, Theorem 3.8.
     """
     return mean_length / (1 + num_speculative_tokens * cost_ratio)
+
+
+def split_rows(
+    rows: Sequence[dict[str, Any]], *, eval_rows: int, max_tokens: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train on, and the last `eval_rows` to measure with. rows: of `raylm generate`, with an answer.
+
+    Left out of the training are prompts that are measured with, and answers that max_tokens has cut: training would put
+    an end behind them that the model has not said. Raises DataError where too few are left.
+    """
+    held_out = list(rows[-eval_rows:])
+    known = {_asked(row) for row in held_out}
+    others = [row for row in rows[:-eval_rows] if _asked(row) not in known]
+    train = [row for row in others if row["finish_reason"] != "length"]
+    if not others:
+        raise DataError(
+            "data",
+            f"has {len(rows)} rows with an answer, and none that differs from the {len(held_out)} that are kept apart.",
+            "Give more rows.",
+        )
+    if len(train) < _MIN_SHARE_ENDED * len(others):
+        raise DataError(
+            "data",
+            f"only {len(train)} of {len(others)} answers end within {max_tokens} tokens.",
+            "Raise max_tokens: the draft learns whole answers.",
+        )
+    if len(train) < len(others):
+        logger.warning("%d answers of more than %d tokens are not trained on", len(others) - len(train), max_tokens)
+    return train, held_out
+
+
+def _asked(row: dict[str, Any]) -> str:
+    """The prompt of a row, as a text that equal prompts share."""
+    return json.dumps([row["messages"], row.get("tools") or []], sort_keys=True)
+
+
+def _conversation(row: dict[str, Any], messages: Sequence[Any]) -> dict[str, Any]:
+    """Messages with the tools of their row."""
+    return {"messages": list(messages), **({"tools": row["tools"]} if row.get("tools") else {})}
+
+
+def _settings(config: DistillConfig, target: str) -> dict[str, Any]:
+    """What must be the same for a start to go on with what another one has left."""
+    found = config.model_dump(mode="json")
+    for key in ("num_replicas", "cluster_address", "kv_cache_gib"):
+        del found[key]
+    return {**found, "output": "", "model": target}
+
+
+def _check_output(config: DistillConfig, target: str, output: Path) -> None:
+    """Raises ModelError unless the folder is absent, empty, or holds unfinished work of the same settings alone."""
+    note = output / _WORK / _SETTINGS
+    if note.is_file() and [path.name for path in output.iterdir()] == [_WORK]:
+        if note.read_text() == json.dumps(_settings(config, target), indent=1) + "\n":
+            logger.info("%s: going on with unfinished work", output)
+            return
+        raise ModelError(
+            str(output), "holds unfinished work of other settings.", "Remove the folder, or choose another output."
+        )
+    check_output(output)
 
 
 def _layers(config: DistillConfig, model_config: Any) -> tuple[int, ...]:
@@ -197,13 +258,14 @@ def _answered_rows(config: DistillConfig, work: Path) -> list[dict[str, Any]]:
     )
     logger.info("%s answers the prompts", config.model)
     run_generation(generation)
-    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    with answers.open(encoding="utf-8") as file:  # str.splitlines would cut at U+2028, which JSON may hold
+        rows = [json.loads(line) for line in file]
     return [row for row in rows if row.get("answer")]
 
 
 def _prompts(config: DistillConfig, target: str, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
     encoder = PromptEncoder(load_tokenizer(target), config.model)
-    return [encoder.ids({"messages": row["messages"]}) for row in rows]
+    return [encoder.ids(_conversation(row, row["messages"])) for row in rows]
 
 
 def _train(config: DistillConfig, rows: Sequence[dict[str, Any]], draft: str, work: Path) -> str:
@@ -212,23 +274,28 @@ def _train(config: DistillConfig, rows: Sequence[dict[str, Any]], draft: str, wo
     with data.open("w", encoding="utf-8") as file:
         for row in rows:
             messages = [*row["messages"], {"role": "assistant", "content": row["answer"]}]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    tokens = sum(row["tokens"] for row in rows)
-    resolved = _train_config(config, draft, str(data), work, num_epochs=1)
-    a_pass = max(1, tokens // (resolved.data.max_seq_len * resolved.training.global_batch_size))
-    # A pass over the data has at least so many steps; max_steps ends the last one.
-    resolved = _train_config(config, draft, str(data), work, num_epochs=-(-config.steps // a_pass))
-    result = run_training(resolved)
+            file.write(json.dumps(_conversation(row, messages), ensure_ascii=False) + "\n")
+    shutil.rmtree(work / "run", ignore_errors=True)  # of a start that was killed; answers are what takes long
+    result = run_training(_train_config(config, draft, str(data), work, max_seq_len=_seq_len(rows, draft)))
     assert result.export_dir is not None
     return result.export_dir
 
 
-def _train_config(config: DistillConfig, draft: str, data: str, work: Path, *, num_epochs: int) -> Any:
+def _seq_len(rows: Sequence[dict[str, Any]], draft: str) -> int:
+    """Tokens that the longest row needs, with room for what the template puts behind an answer."""
+    longest = max(row["prompt_tokens"] + row["tokens"] for row in rows)
+    limit = max_positions(load_model_config(ModelSection(path=draft)))
+    wanted = max(_MIN_SEQ_LEN, longest + 8)
+    return wanted if limit is None else min(wanted, limit)
+
+
+def _train_config(config: DistillConfig, draft: str, data: str, work: Path, *, max_seq_len: int) -> Any:
+    """An epoch has one step at least, so with as many epochs `steps` are reached; none is planned behind them."""
     tree: dict[str, Any] = {
         "model": {"path": draft},
-        "data": {"train": data, "max_seq_len": 512},
+        "data": {"train": data, "max_seq_len": max_seq_len, "loss_on": "last_assistant"},
         "run": {"dir": str(work / "run"), "seed": config.seed},
-        "training": {"max_steps": config.steps, "num_epochs": num_epochs, "global_batch_size": 4},
+        "training": {"max_steps": config.steps, "num_epochs": config.steps, "global_batch_size": 4},
         "optimizer": {"learning_rate": config.learning_rate},
         "schedule": {"warmup_steps": min(config.steps // 20, 50)},
         "cluster": {"address": config.cluster_address},

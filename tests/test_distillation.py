@@ -5,12 +5,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import raylm
 from raylm.config import DistillConfig, load_config
-from raylm.distillation import predicted_speed_up
+from raylm.data.plan import plan_run
+from raylm.distillation import _check_output, _seq_len, _settings, _train_config, predicted_speed_up, split_rows
 from raylm.errors import ConfigError, DataError, ModelError
 from tests.tiny import build_tiny_model, build_tokenizer
 
@@ -52,6 +54,69 @@ def test_faults_are_found_before_anything_is_written(tmp_path: Path, tiny_model_
     (tmp_path / "out" / "file").touch()
     with pytest.raises(ModelError, match="exists and is not an empty folder"):
         raylm.distill_draft(given)
+
+
+def answered(text: str, *, finish_reason: str = "stop", **more: Any) -> dict[str, Any]:
+    """A row as `raylm generate` writes it."""
+    messages = [{"role": "user", "content": text}]
+    return {"messages": messages, "answer": "yes", "finish_reason": finish_reason, "tokens": 3, **more}
+
+
+def test_prompts_that_are_measured_with_and_cut_answers_are_not_trained_on() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [
+        *(answered(text) for text in ("a", "b", "c")),
+        answered("d", finish_reason="length"),
+        answered("a", tools=tools),
+        answered("b"),
+        answered("e", finish_reason="length"),
+    ]
+    train, held_out = split_rows(rows, eval_rows=2, max_tokens=3)
+    assert train == [rows[0], rows[2], rows[4]], "the same words with tools are another prompt"
+    assert held_out == rows[5:]
+    with pytest.raises(DataError, match=r"only 0 of 20 answers end within 3 tokens\. Raise max_tokens"):
+        split_rows([answered(str(n), finish_reason="length") for n in range(21)], eval_rows=1, max_tokens=3)
+    for few in (rows[:2], [answered("a")] * 5):
+        with pytest.raises(DataError, match="Give more rows"):
+            split_rows(few, eval_rows=2, max_tokens=3)
+
+
+def test_training_takes_whole_rows_and_reaches_its_steps(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = DistillConfig.model_validate({"model": "m", "data": ["d"], "output": "o", "steps": 7})
+    resolved = _train_config(config, "m", "d", tmp_path, max_seq_len=900)
+    assert (resolved.data.max_seq_len, resolved.data.loss_on) == (900, "last_assistant")
+    lengths = np.array([5, 6])
+    plan = plan_run(
+        lengths,
+        max_seq_len=900,
+        packing=True,
+        shuffle=True,
+        seed=0,
+        num_epochs=resolved.training.num_epochs,
+        global_batch_size=4,
+        max_steps=resolved.training.max_steps,
+    )
+    assert plan.num_steps == 7
+    limit = json.loads((tiny_model_dir / "config.json").read_text())["max_position_embeddings"]
+    for longest, wanted in ((20, min(512, limit)), (limit + 30, limit)):
+        assert _seq_len([answered("a", prompt_tokens=longest - 3)], str(tiny_model_dir)) == wanted
+
+
+def test_unfinished_work_of_the_same_settings_alone_is_gone_on_with(tmp_path: Path) -> None:
+    def config(**more: Any) -> DistillConfig:
+        return DistillConfig.model_validate({"model": "m", "data": ["d"], "output": str(tmp_path), **more})
+
+    (tmp_path / "distillation").mkdir()
+    with pytest.raises(ModelError, match="is not an empty folder"):
+        _check_output(config(), "m", tmp_path)
+    note = tmp_path / "distillation" / "settings.json"
+    note.write_text(json.dumps(_settings(config(), "m"), indent=1) + "\n")
+    _check_output(config(num_replicas=2), "m", tmp_path)
+    with pytest.raises(ModelError, match="unfinished work of other settings"):
+        _check_output(config(max_tokens=9), "m", tmp_path)
+    (tmp_path / "distill.json").touch()
+    with pytest.raises(ModelError, match="is not an empty folder"):
+        _check_output(config(), "m", tmp_path)
 
 
 SPOKEN = "the answer is yes no hello world who are you we see red blue green one two three four"
@@ -117,7 +182,8 @@ def test_a_distilled_draft_is_accepted_more_often_and_changes_no_answer(
             "train": {"training": {"global_batch_size": 2}, "data.max_seq_len": 256},
         }
     )
-    assert result.rows == 80
+    measured = {question for question, _ in pairs[-16:]}
+    assert 0 < result.rows <= sum(question not in measured for question, _ in pairs[:80]) < 80
     assert result.layers == (0,)
     assert result.after["acceptance_rate"] > result.before["acceptance_rate"] + 0.1
     assert result.after["mean_accepted_length"] > result.before["mean_accepted_length"]

@@ -28,13 +28,15 @@ _LMFLOW_HEAD = re.compile(r'\s*\{\s*"[^"]*"\s*:')
 @dataclass(frozen=True, slots=True)
 class RawRow:
     """One row of a file. index: from 0, -1 for a fault of the whole file; line: from 1, 0 where files have no lines;
-    text: the row as JSON, None with a problem; format: what the file says of itself, else ""."""
+    text: the row as JSON, None with a problem; format: what the file says of itself, else ""; unread: the fault was one
+    of reading (a disk, a network), so that the same file may be read on another day."""
 
     index: int
     line: int
     text: str | None
     problem: str = ""
     format: str = ""
+    unread: bool = False
 
 
 def read_rows(path: str, options: "ReadOptions | None" = None) -> Iterator[RawRow]:
@@ -52,7 +54,9 @@ def read_rows(path: str, options: "ReadOptions | None" = None) -> Iterator[RawRo
     except UnicodeDecodeError as error:
         yield RawRow(-1, 0, None, f"is not UTF-8 text (byte {error.start}). Save it as UTF-8.")
     except OSError as error:
-        yield RawRow(-1, 0, None, f"cannot be read: {error.strerror or reason(error)}.")
+        # Of damaged content, such as a cut .gz, the libraries raise OSErrors without a number.
+        unread = error.errno is not None or isinstance(error, TimeoutError | ConnectionError)
+        yield RawRow(-1, 0, None, f"cannot be read: {error.strerror or reason(error)}.", unread=unread)
 
 
 @dataclass(frozen=True, slots=True)

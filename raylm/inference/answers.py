@@ -20,7 +20,7 @@ from typing import IO, Any
 from raylm.errors import DataError, RunDirError
 from raylm.inference.ledger import Entry, Ledger, Totals
 from raylm.inference.manifest import Manifest, differences, read_manifest, write_manifest
-from raylm.inference.output import kind_of_output, sync_folder, write_answers
+from raylm.inference.output import holds_answers_to_prompts, kind_of_output, sync_folder, write_answers
 
 _COMMIT_S = 2.0
 """Work that a kill may cost, beside the batches that the engines are at."""
@@ -67,6 +67,8 @@ class Answers:
             raise DataError(str(self.path), "its folder does not exist.", "Create it, or choose another output.")
         try:
             self._check_folder()
+            if not overwrite:
+                self._check_file()
             (self.work / "shards").mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.work / "lock")
         except OSError as error:
@@ -129,9 +131,9 @@ class Answers:
             batch.prompt_tokens,
             batch.tokens,
         )
-        self.ledger.add(entry)
         with _said(self.work):
             self._file.write(batch.lines)
+        self.ledger.add(entry)  # last: the ledger never names what could not be written
         self._offset += len(batch.lines)
         if self.ledger.shard_rows[self._shard] >= self._shard_rows:
             self._close_shard()
@@ -189,6 +191,17 @@ class Answers:
         if self.is_folder and self.path.is_dir() and any(self.path.iterdir()) and not self.work.is_dir():
             raise RunDirError(str(self.path), "holds files that are no answers.", "Choose an empty or a new folder.")
 
+    def _check_file(self) -> None:
+        """Raises RunDirError for a file that no run of ours has written: `finish` would replace it."""
+        if self.is_folder or not self.path.exists() or (self.work / "manifest.json").is_file():
+            return
+        if not (self._manifest.is_of_prompts and holds_answers_to_prompts(self.path, self.kind)):
+            raise RunDirError(
+                str(self.path),
+                "is there, and no run that is kept track of has written it.",
+                "Set overwrite=true to replace it, or choose another output.",
+            )
+
     def _open(self, overwrite: bool) -> bool:
         """Compares the manifest that is there with ours; True for a finished run of the same."""
         path = self.work / "manifest.json"
@@ -233,14 +246,18 @@ class Answers:
         return sum(sizes) if sizes else -1
 
     def _remove_answers(self) -> None:
-        """What a former run has made, and nothing else."""
-        for name in ("manifest.json", "ledger.jsonl"):
-            (self.work / name).unlink(missing_ok=True)
+        """What a former run has made, and nothing else.
+
+        The manifest goes last: a start after a kill in between still knows whose the rest is. The ledger goes first:
+        nothing that is left counts without it.
+        """
+        (self.work / "ledger.jsonl").unlink(missing_ok=True)
         shutil.rmtree(self.work / "shards", ignore_errors=True)
         (self.work / "shards").mkdir()
         if self.is_folder:
             for part in self.path.glob("part-*"):
                 part.unlink()
+        (self.work / "manifest.json").unlink(missing_ok=True)
 
     def _shard_path(self, shard: int) -> Path:
         return self.work / "shards" / f"{shard:05}.jsonl"
@@ -261,10 +278,18 @@ class Answers:
             if not path.is_file() or path.stat().st_size < end:
                 raise RunDirError(str(path), "is shorter than the ledger says.", "Start anew with overwrite=true.")
         if self.is_folder:
+            self._remove_unknown_parts()
             self._publish_closed()
         if self._shard >= 0 and self._shard not in self.ledger.closed:
             self._file = self._shard_path(self._shard).open("ab")
             self._offset = self.ledger.shard_ends.get(self._shard, 0)
+
+    def _remove_unknown_parts(self) -> None:
+        """Parts become files after the ledger has closed their shards: others are left of a run that was removed."""
+        for part in self.path.glob("part-*"):
+            number = part.name.removeprefix("part-").partition(".")[0]
+            if number.isdecimal() and int(number) not in self.ledger.closed:
+                part.unlink()
 
     def _next_shard(self) -> None:
         self._shard += 1

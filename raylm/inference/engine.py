@@ -21,23 +21,16 @@ def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
     return environment
 
 
-def check_engine_keys(engine: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a key of `engine` with dashes, or with a field of its own."""
-    for key in engine:
-        if "-" in key:
-            raise ConfigError(f"engine.{key}", "has dashes.", f"Write engine.{key.replace('-', '_')}.")
-        if key in RESERVED:
-            raise ConfigError(f"engine.{key}", "is set by a key of its own.", f"Set {RESERVED[key]} instead.")
-
-
 def gpus_of_replica(engine: Mapping[str, Any]) -> int:
     """GPUs that one engine computes on, where there are any."""
     return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
 
 
 def speculation_options(config: GenerateConfig, folder: str, *, use_gpu: bool) -> dict[str, Any]:
-    """Options of `load_engine` for `speculation`. Raises ModelError for a draft that does not fit the model."""
-    return engine_options(config.speculation, folder, use_gpu=use_gpu, max_model_len=config.max_model_len)
+    """Options of `load_engine` for speculation. Raises ModelError for a draft that does not fit the model."""
+    return engine_options(
+        config.speculation, folder, use_gpu=use_gpu, max_model_len=config.max_model_len, engine=config.engine
+    )
 
 
 def load_engine(
@@ -122,5 +115,5 @@ def _reason(error: BaseException) -> str:
 
 def row_seed(seed: int, key: str | int) -> int:
     """A seed in [0, 2**62): vLLM counts up from it for the answers of one prompt."""
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config import GenerateConfig
+from raylm.config.engine import check_engine_keys
 from raylm.data.files import suffix_of
 from raylm.data.prompt import PLAIN
 from raylm.data.readers import RawRow
@@ -26,13 +27,13 @@ from raylm.data.templates.table import AUTO, read_template
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import ConfigError, DataError, ModelError
 from raylm.inference.answers import Answers, Batch
-from raylm.inference.engine import check_engine_keys, engine_environment, gpus_of_replica, speculation_options
+from raylm.inference.engine import RESERVED, engine_environment, gpus_of_replica, speculation_options
 from raylm.inference.manifest import describe
 from raylm.inference.progress import Progress
 from raylm.inference.reading import batches_of, read_files
 from raylm.inference.worker import PROMPTS, AnswerStage, error_of_json, template_of
 from raylm.models.adapter_files import check_folder
-from raylm.models.drafts import portable
+from raylm.models.drafts import check_set_once, portable
 from raylm.models.folder import as_folder
 from raylm.ray_session import ray_session
 
@@ -69,7 +70,8 @@ class GenerateResult:
 
 def run_generation(config: GenerateConfig) -> GenerateResult:
     """Answers every row of the configuration. Raises RaylmError before an engine loads where it can."""
-    check_engine_keys(config.engine)
+    check_engine_keys(config.engine, RESERVED)
+    check_set_once(config.speculation, config.engine)
     files = list_files(config.data)
     _check_output_is_no_input(config, files)
     folder = as_folder(config.model)
@@ -155,7 +157,7 @@ def _answered(
 ) -> Iterator[dict[str, Any]]:
     """Rows of ANSWERED, in the order in which they get ready."""
     gpus = gpus_of_replica(config.engine)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_replicas * gpus
+    use_gpu = has_gpus(ray.cluster_resources().get("GPU", 0), config)
     environment = engine_environment(config.kv_cache_gib, use_gpu=use_gpu)
     if not use_gpu:
         environment["OMP_NUM_THREADS"] = str(config.num_cpus)
@@ -187,6 +189,20 @@ def _answered(
     finally:
         if hasattr(stream, "close"):
             stream.close()
+
+
+def has_gpus(available: float, config: GenerateConfig) -> bool:
+    """Whether the engines run on GPUs: where there is none, they run on CPUs. Raises ConfigError where some are
+    missing."""
+    each = gpus_of_replica(config.engine)
+    needed = config.num_replicas * each
+    if 0 < available < needed:
+        raise ConfigError(
+            "num_replicas",
+            f"{config.num_replicas} engines of {each} GPUs need {needed}, and the cluster has {available:g}.",
+            "Lower num_replicas or engine.tensor_parallel_size.",
+        )
+    return available >= needed
 
 
 def _unless_engines_die(found: Iterator[dict[str, Any]], ray: Any, model: str) -> Iterator[dict[str, Any]]:

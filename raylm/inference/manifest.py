@@ -29,6 +29,16 @@ _FREE = (
 )
 """Settings that may change from one start to the next; prompts and data stand in `input`."""
 
+_FREE_OF_ENGINE = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+)
+"""Arguments of vLLM that decide where and how many at a time, not what is answered."""
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -51,6 +61,7 @@ class Manifest:
 def describe(config: GenerateConfig, folder: str, files: Sequence[SourceFile]) -> Manifest:
     """The manifest of a run; folder: what `as_folder` gave for the model. Raises DataError."""
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in _FREE}
+    settings["engine"] = {key: value for key, value in settings["engine"].items() if key not in _FREE_OF_ENGINE}
     found: dict[str, Any] = {}
     if config.prompts:
         found["prompts"] = hashlib.sha256(json.dumps(config.prompts).encode()).hexdigest()
@@ -78,7 +89,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Complete or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.partial")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(json.dumps(asdict(manifest), indent=1, ensure_ascii=False))
         file.flush()

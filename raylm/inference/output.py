@@ -8,13 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from raylm.data.remote import scheme_of
 from raylm.errors import DataError
 
 _ROWS_OF_A_GROUP = 1024
+_FIRST_LINE_BYTES = 64 * 2**20
 
 
 def kind_of_output(output: str) -> str:
-    """`jsonl`, `jsonl.gz`, `parquet`, or `folder`. Raises DataError for another ending."""
+    """`jsonl`, `jsonl.gz`, `parquet`, or `folder`. Raises DataError for another ending, and for an address."""
+    if scheme_of(output):
+        raise DataError(
+            output, "is an address, and answers are written to local paths.", "Write to a folder, and copy that."
+        )
     name = Path(output).name
     for kind in WRITERS:
         if name.endswith(f".{kind}"):
@@ -35,6 +41,27 @@ def write_answers(path: Path, kind: str, pieces: Iterable[bytes]) -> None:
         raise DataError(str(path), f"cannot be written: {error.strerror or error}.", "Free disk space.") from None
 
 
+def holds_answers_to_prompts(path: Path, kind: str) -> bool:
+    """Whether a file begins with an answer to a prompt of a command line, as `write_answers` writes it."""
+    try:
+        if kind == "parquet":
+            import pyarrow.parquet as pq
+
+            file = pq.ParquetFile(path)
+            first = next(file.iter_batches(batch_size=1)).to_pylist()[0] if file.schema_arrow == _schema() else {}
+        else:
+            with gzip.open(path) if kind == "jsonl.gz" else path.open("rb") as stream:
+                first = json.loads(stream.readline(_FIRST_LINE_BYTES))
+    except Exception:  # whatever it is, it is not ours
+        return False
+    return (
+        isinstance(first, dict)
+        and first.get("file") is None
+        and str(first.get("id")) == "0"
+        and bool({"answer", "answers"} & set(first))
+    )
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -47,7 +74,8 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def _complete(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path`, on the disk, when the block ends well."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    # Whoever writes holds the lock of the answers, so what a kill leaves under this name is written over.
+    scratch = path.with_name(f".{path.name}.partial")
     try:
         yield scratch
         with scratch.open("rb+") as file:

@@ -61,6 +61,8 @@ class QuestionReader:
             return renamed(load_json(text), self.columns)
         except json.JSONDecodeError as error:
             raise RowProblem(f"column {error.colno}: not valid JSON: {error.msg}.") from None
+        except ValueError:  # Python's limit of digits
+            raise RowProblem("holds an integer of too many digits.") from None
         except RecursionError:
             raise RowProblem("is nested too deeply.") from None
 

@@ -3,14 +3,18 @@
 A batch is one row of an Arrow table, so that Ray Data never cuts or joins one.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from raylm.data.readers import RawRow, read_rows
+from raylm.data.remote import shown
 from raylm.data.sources import SourceFile
 from raylm.inference.ranges import Range, Ranges
+
+logger = logging.getLogger(__name__)
 
 _BATCH_BYTES = 8 * 2**20
 _SCHEMA = pa.schema(
@@ -53,11 +57,19 @@ def rows_of(batch: Mapping[str, Any]) -> list[RawRow]:
 def batches_of(
     rows: Iterable[RawRow], file: int, done: Sequence[Range], batch_size: int, max_rows: int | None = None
 ) -> Iterator[pa.Table]:
-    """Batches of what is not done, each of neighbours, and last the number of rows. max_rows: to look at."""
+    """Batches of what is not done, each of neighbours, and last the number of rows. max_rows: to look at.
+
+    Where a file could not be read on, the last batch is of the rows before, and the number stays open: the file is not
+    finished, and the next start reads it again.
+    """
     known = Ranges(done)
     waiting: list[RawRow] = []
     size = place = 0
     for row in rows if max_rows != 0 else ():
+        if row.unread:
+            if waiting:
+                yield batch_of(file, place - len(waiting), waiting)
+            return
         if place not in known:
             waiting.append(row)
             size += len(row.text or "")
@@ -85,7 +97,19 @@ def read_files(
     left = max_rows
     for number in (number for group in numbers["numbers"].to_pylist() for number in group):
         file = files[number]
-        for table in batches_of(read_rows(file.path, file.options), number, done.get(number, ()), batch_size, left):
+        num_rows = -1
+        for table in batches_of(_warned(file), number, done.get(number, ()), batch_size, left):
+            num_rows = table["num_rows"][0].as_py()
             yield table
         if left is not None:
-            left -= table["num_rows"][0].as_py()
+            if num_rows < 0:
+                return  # which rows of the next files count depends on this one
+            left -= num_rows
+
+
+def _warned(file: SourceFile) -> Iterator[RawRow]:
+    """The rows of a file; says why where it cannot be read on."""
+    for row in read_rows(file.path, file.options):
+        if row.unread:
+            logger.warning("%s: %s Its other rows wait for the next start.", shown(file.path), row.problem)
+        yield row

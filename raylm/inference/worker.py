@@ -63,11 +63,7 @@ class AnswerStage:
                 max_model_len=config.max_model_len,
                 seed=config.seed,
                 use_gpu=use_gpu,
-                options={
-                    **adapter_settings(config.adapter, folder),
-                    **speculation_options(config, folder, use_gpu=use_gpu),
-                    **config.engine,
-                },
+                options=stage_options(config, folder, use_gpu=use_gpu),
             )
             self._answerer = Answerer(
                 EngineLoop(llm.llm_engine, adapter_request(config.adapter)), config, load_tokenizer(folder), files
@@ -86,6 +82,15 @@ class AnswerStage:
                 self._stopped = error_to_json(error)
         nothing = {field.name: "" if pa.types.is_string(field.type) else 0 for field in ANSWERED}
         return {**nothing, "lines": b"", "fault": "", "stopped": self._stopped}
+
+
+def stage_options(config: GenerateConfig, folder: str, *, use_gpu: bool) -> dict[str, Any]:
+    """Options of `load_engine` for a configuration. Raises ConfigError and ModelError for what does not fit."""
+    return {
+        **adapter_settings(config.adapter, folder),
+        **speculation_options(config, folder, use_gpu=use_gpu),
+        **config.engine,
+    }
 
 
 def error_to_json(error: RaylmError) -> str:
@@ -129,12 +134,13 @@ class Answerer:
         failed = Counter(row.error[0] for row in rows if row.error)
         fault = next((row for row in rows if row.error), None)
         outputs = [output for row in rows for output in row.made]
+        lines = "".join(f"{json.dumps(self._line(row), ensure_ascii=False)}\n" for row in rows)
         return {
             "file": file,
             "start": start,
             "stop": start + len(rows),
             "num_rows": batch["num_rows"],
-            "lines": "".join(f"{json.dumps(self._line(row), ensure_ascii=False)}\n" for row in rows).encode(),
+            "lines": lines.encode(errors="replace"),  # JSON may hold half of a surrogate pair, UTF-8 may not
             "failed": json.dumps(failed),
             "stopped": "",
             "fault": json.dumps([fault.place, fault.error[1]]) if fault and fault.error else "",
@@ -151,7 +157,7 @@ class Answerer:
             name, number = (path, raw.index) if raw.index >= 0 else (path, None)
             row = _Row(
                 f"{path}:{raw.index}" if raw.index >= 0 else path,
-                f"{Path(path).name}:{raw.index}",
+                f"{file}:{Path(path).name}:{raw.index}",  # names repeat: a/data.jsonl and b/data.jsonl
                 place_in_file(self._files[file].path, raw.index, raw.line),
                 {"file": name, "row": number},
             )
@@ -184,6 +190,11 @@ class Answerer:
                     ids = encoder.ids({"messages": row.history, **tools})
         except RowProblem as problem:
             row.error = "template", str(problem)
+            return None
+        except RaylmError:
+            raise
+        except Exception as error:  # a template is a program, and may stumble over anything that a row holds
+            row.error = "template", f"its template fails: {type(error).__name__}: {_first_line(error)}"
             return None
         if len(ids) >= self._engine.max_model_len:
             row.error = (
@@ -265,8 +276,8 @@ class Answerer:
         )
         return {
             "token": self._text(token, likely[token]),
-            "logprob": likely[token].logprob,
-            "top": [{"token": self._text(*place), "logprob": place[1].logprob} for place in top],
+            "logprob": _finite(likely[token].logprob),
+            "top": [{"token": self._text(*place), "logprob": _finite(place[1].logprob)} for place in top],
         }
 
     def _text(self, token: int, logprob: Any) -> str:
@@ -307,6 +318,11 @@ def reader_of(config: GenerateConfig, file: SourceFile | None) -> QuestionReader
         system=config.system,
         turns=config.turns,
     )
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity, which tokens outside a structure get; the bound is that of vLLM's server."""
+    return max(logprob, -9999.0)
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config.speculation import SPECULATION_METHODS, SpeculationSection
-from raylm.errors import ModelError
+from raylm.errors import ConfigError, ModelError
 from raylm.models.folder import PACKAGE_PREFIX, as_folder, is_adapter, locate
 
 logger = logging.getLogger(__name__)
@@ -24,14 +24,45 @@ _WHERE = "speculation.model"
 _MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_config")
 
 
+def check_set_once(section: SpeculationSection | None, engine: Mapping[str, Any], *, use_gpu: bool = True) -> None:
+    """Raises ConfigError where speculation is set twice, or what it needs of the engine is set otherwise.
+
+    engine: vLLM's own arguments, as the user gave them; use_gpu: true as long as it is not known.
+    """
+    if section is not None:
+        for key in ("speculative_config", "worker_extension_cls"):
+            if key in engine:
+                raise ConfigError(f"engine.{key}", "excludes speculation.", "Drop one of the two.")
+    elif not use_gpu and engine.get("speculative_config") and "worker_extension_cls" in engine:
+        raise ConfigError(
+            "engine.worker_extension_cls",
+            "takes the place of what engine.speculative_config needs without GPU.",
+            "Drop one of the two.",
+        )
+
+
 def engine_options(
-    section: SpeculationSection | None, target: str, *, use_gpu: bool, max_model_len: int | None = None
+    section: SpeculationSection | None,
+    target: str,
+    *,
+    use_gpu: bool,
+    max_model_len: int | None = None,
+    engine: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """vLLM's engine arguments for speculation, empty without. Arguments and errors as for `speculative_config`."""
-    if section is None:
-        return {}
-    found = {"speculative_config": speculative_config(section, target, use_gpu=use_gpu, max_model_len=max_model_len)}
-    return found if use_gpu else {**found, "worker_extension_cls": WORKER_REPAIR}
+    """vLLM's engine arguments for speculation, empty without.
+
+    engine: vLLM's own arguments, as the user gave them; those are not repeated here. Raises ConfigError as
+    `check_set_once`; further arguments and errors as for `speculative_config`.
+    """
+    engine = engine or {}
+    check_set_once(section, engine, use_gpu=use_gpu)
+    found: dict[str, Any] = {}
+    if section is not None:
+        settings = speculative_config(section, target, use_gpu=use_gpu, max_model_len=max_model_len)
+        found["speculative_config"] = settings
+    if not use_gpu and (section is not None or engine.get("speculative_config")):
+        found["worker_extension_cls"] = WORKER_REPAIR
+    return found
 
 
 def speculative_config(

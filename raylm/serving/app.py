@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from raylm.config.engine import check_engine_keys
 from raylm.config.serving import ServeArgs
 from raylm.errors import RaylmError
 from raylm.serving.adapter_survey import resolve_adapters
@@ -16,7 +17,7 @@ from raylm.serving.checks import (
     warn_of_remote_code,
     warn_without_chat_template,
 )
-from raylm.serving.engine_args import check_engine_keys
+from raylm.serving.engine_args import RESERVED
 from raylm.serving.guard import GuardSettings, guard_settings
 from raylm.serving.models import deployment_name, models_of, names_of, needs_gateway
 from raylm.serving.version import versioned
@@ -74,7 +75,7 @@ def checked_models(
     checked = []
     for index, model in enumerate(models_of(args)):
         with _naming(f"models.{index} ({model.name})" if args.models else ""):
-            check_engine_keys(model.engine)
+            check_engine_keys(model.engine, RESERVED)
             found: dict[str, Any] = {"model": check_model(model)}
             use_gpu = resources is None or replica_gpus(model, resources) > 0
             found |= {"speculation": check_draft(model, use_gpu=use_gpu), **resolve_adapters(model, warn=warn)}

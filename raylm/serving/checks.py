@@ -12,9 +12,8 @@ from typing import Any
 from raylm.config.serving import ServeArgs
 from raylm.config.speculation import SpeculationSection
 from raylm.errors import ClusterError, ModelError, ServingError
-from raylm.models.drafts import portable, speculative_config
+from raylm.models.drafts import check_set_once, portable, speculative_config
 from raylm.models.folder import PACKAGE_PREFIX, as_folder, is_adapter, locate
-from raylm.serving.engine_args import check_speculation
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,9 @@ def check_draft(args: ServeArgs, *, use_gpu: bool) -> SpeculationSection | None:
 
     Raises ConfigError or ModelError.
     """
+    check_set_once(args.speculation, args.engine, use_gpu=use_gpu)
     if args.speculation is None:
         return None
-    check_speculation(args)
     speculative_config(args.speculation, as_folder(args.model), use_gpu=use_gpu, max_model_len=args.max_model_len)
     return portable(args.speculation)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config.serving import ServeArgs
-from raylm.errors import ConfigError
-from raylm.models.drafts import WORKER_REPAIR, engine_options
+from raylm.models.drafts import engine_options
 from raylm.serving.adapter_survey import engine_settings, open_adapters
 from raylm.serving.tool_parsers import tool_settings
 
@@ -40,30 +39,11 @@ def adapter_model(args: ServeArgs) -> str | None:
     return f"{model_name(args)}:{root.names()[0]}" if root is not None else None
 
 
-def check_engine_keys(engine: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a key of `engine` with dashes, or with a field of its own."""
-    for key in engine:
-        if "-" in key:
-            raise ConfigError(f"engine.{key}", "has dashes.", f"Write engine.{key.replace('-', '_')}.")
-        field = RESERVED.get(key)
-        if field:
-            raise ConfigError(f"engine.{key}", "is set by a key of its own.", f"Set {field} instead.")
-
-
-def check_speculation(args: ServeArgs) -> None:
-    """Raises ConfigError where speculation is set twice, or what it needs of the engine is set otherwise."""
-    if args.speculation is None:
-        return
-    for key in ("speculative_config", "worker_extension_cls"):
-        if key in args.engine:
-            raise ConfigError(f"engine.{key}", "excludes speculation.", "Drop one of the two.")
-
-
 def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: bool) -> list[str]:
     """Arguments for vLLM's `make_arg_parser`; `engine` comes last and wins over our defaults.
 
     folder: what `as_folder` gave for the model. on_cpu, native_bf16: what the replica's machine is. Raises ModelError
-    where the draft of `speculation` does not fit the model.
+    where the draft of `speculation` does not fit the model, ConfigError where `engine` sets what that needs.
     """
     names = [model_name(args), *args.aliases]
     settings: dict[str, Any] = {"model": folder, "served_model_name": names, "dtype": args.dtype}
@@ -74,9 +54,9 @@ def command_line(args: ServeArgs, folder: str, *, on_cpu: bool, native_bf16: boo
         settings["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         if args.dtype == "auto":
             settings["dtype"] = "bfloat16" if native_bf16 else "float32"
-    settings |= engine_options(args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len)
-    if on_cpu and args.engine.get("speculative_config"):
-        settings["worker_extension_cls"] = WORKER_REPAIR
+    settings |= engine_options(
+        args.speculation, folder, use_gpu=not on_cpu, max_model_len=args.max_model_len, engine=args.engine
+    )
     settings |= engine_settings(args, on_cpu=on_cpu)  # its worker extension brings that of speculation as well
     settings |= tool_settings(args.tool_parser, args.engine, folder) | args.engine
     return [word for key, value in settings.items() for word in _words(key, value)]

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raylm.config import GenerateConfig
 from raylm.data.readers import RawRow, read_rows
 from raylm.errors import DataError, RunDirError
 from raylm.inference.answers import Answers, Batch
-from raylm.inference.manifest import Manifest
+from raylm.inference.manifest import Manifest, describe, differences
 from raylm.inference.output import kind_of_output, write_answers
 from raylm.inference.reading import batches_of
 
@@ -188,6 +189,86 @@ def test_damage_is_said_and_never_part_of_the_output(tmp_path: Path) -> None:
         Answers(str(output), MANIFEST)
 
 
+@pytest.mark.parametrize("output", ["out.jsonl", "out/"])
+def test_a_start_anew_that_is_killed_mixes_no_runs(tmp_path: Path, output: str, monkeypatch: Any) -> None:
+    """The removal of a finished run's answers stops at each of its steps; the old settings come back afterwards."""
+    other = Manifest({"temperature": 0.5}, MANIFEST.model, MANIFEST.input)
+    target = str(tmp_path / output)
+    if output == "out/":
+        target += "/"
+
+    class Killed(Exception):
+        pass
+
+    for steps in range(20):
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        with Answers(target, MANIFEST, shard_rows=2) as answers:
+            for one in missing(answers, [5, 3], 2):
+                answers.add(one)  # closes shards, and is not finished
+        left = [steps]
+
+        def unlink(path: Path, missing_ok: bool = False, left: list[int] = left) -> None:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            if path.exists() or not missing_ok:
+                os.unlink(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            try:
+                Answers(target, other, overwrite=True, shard_rows=3)._lock.close()
+            except Killed:
+                pass
+            else:
+                break
+        manifest = json.loads(next(tmp_path.rglob("manifest.json")).read_text())
+        assert manifest["settings"] == MANIFEST.settings
+        with pytest.raises(RunDirError, match="answers of another run"):
+            Answers(target, other)
+        done = finished(target, shard_rows=7)
+        assert done.totals.rows == 8
+        files = sorted((tmp_path / "out").glob("part-*")) if done.is_folder else [tmp_path / "out.jsonl"]
+        expected = [line(file, row) for file, size in enumerate([5, 3]) for row in range(size)]
+        assert sorted(b"".join(file.read_bytes() for file in files).splitlines(keepends=True)) == sorted(expected)
+    assert steps > 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    output = tmp_path / f"out.{kind}"
+    prompts = Manifest({}, "", {"prompts": "1"})
+
+    def run(manifest: Manifest, **options: Any) -> None:
+        with Answers(str(output), manifest, **options) as answers:
+            found = [{"id": 0, "answer": "a", "finish_reason": "stop", "tokens": 1}]
+            answers.add(Batch(-1, 0, 1, json.dumps(found[0]).encode() + b"\n"))
+            answers.end_file(-1, 1)
+            answers.finish([-1])
+            answers.discard()
+
+    for text in ("mine\n", '{"id": 0, "text": "mine"}\n', ""):
+        output.write_text(text)
+        for manifest in (prompts, MANIFEST):
+            with pytest.raises(RunDirError, match=r"is there, and no run .* Set overwrite=true"):
+                run(manifest)
+        assert output.read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    run(prompts, overwrite=True)
+    run(prompts)  # as the answers of prompts are replaced by the next ones
+    with pytest.raises(RunDirError, match="is there"):
+        run(MANIFEST)
+
+
+def test_what_a_kill_leaves_of_an_output_is_written_over(tmp_path: Path) -> None:
+    """A name with a process's number would stay for ever."""
+    scratch = tmp_path / ".out.jsonl.partial"
+    scratch.write_text("torn")
+    write_answers(tmp_path / "out.jsonl", "jsonl", [b"{}\n"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
 def test_missing_rows_are_no_finished_run(tmp_path: Path) -> None:
     with Answers(str(tmp_path / "out.jsonl"), MANIFEST) as answers:
         answers.end_file(0, 5)
@@ -216,6 +297,8 @@ def test_the_ending_names_the_kind() -> None:
     assert {name: kind_of_output(name) for name in kinds} == kinds
     with pytest.raises(DataError, match="unknown ending"):
         kind_of_output("a.csv")
+    with pytest.raises(DataError, match=r"s3://bucket/a\.jsonl: is an address, and answers are written to local paths"):
+        kind_of_output("s3://bucket/a.jsonl")
 
 
 ROWS: list[dict[str, Any]] = [
@@ -252,8 +335,12 @@ def test_parquet_holds_the_same_and_is_read_back_as_conversations(tmp_path: Path
     assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == b"".join(lines)
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_written(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE in a process of its own stands for a full disk: writes fail in the middle of a batch."""
+@pytest.mark.parametrize("size", [10, 500])
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_written(tmp_path: Path, size: int) -> None:
+    """RLIMIT_FSIZE in a process of its own stands for a full disk: writes fail in the middle of a batch.
+
+    500 rows are more than a buffer of Python's, so that the write itself fails and not the flush behind it.
+    """
     program = """
 import resource, signal, sys
 from tests.inference.test_answers import MANIFEST, batch
@@ -262,23 +349,34 @@ from raylm.inference.answers import Answers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
     with Answers(sys.argv[1], MANIFEST) as answers:
-        answers.add(batch(0, 0, 10))
+        size = int(sys.argv[2])
+        answers.add(batch(0, 0, size))
         answers.commit()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-        for start in range(10, 1000, 10):
-            answers.add(batch(0, start, start + 10))
+        limit = 50 * size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        for start in range(size, 10 * size, size):
+            answers.add(batch(0, start, start + size))
             answers.commit()
 except DataError as error:
     print(error)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "out.jsonl")]
+    command = [sys.executable, "-c", program, str(tmp_path / "out.jsonl"), str(size)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=60)
     assert "cannot be written: File too large. Free disk space" in done.stdout, done.stderr
     with Answers(str(tmp_path / "out.jsonl"), MANIFEST) as answers:
         rows = answers.totals.rows
-        assert rows >= 10
+        assert size <= rows < 10 * size
         assert list(answers.ledger.done[0]) == [(0, rows)]
-        for one in missing(answers, [1000], 100):
+        for one in missing(answers, [10 * size], 100):
             answers.add(one)
         answers.finish([0])
-    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(line(0, row) for row in range(1000))
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(line(0, row) for row in range(10 * size))
+
+
+def test_arguments_of_the_engine_that_decide_no_answer_may_change() -> None:
+    def of(**engine: Any) -> Manifest:
+        return describe(GenerateConfig.model_validate({"model": "a/b", "prompts": ["x"], "engine": engine}), "a/b", [])
+
+    free = {"max_num_seqs": 8, "gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "kv_cache_memory_bytes": 9}
+    assert differences(of(), of(**free)) == []
+    assert differences(of(quantization="fp8"), of(**free)) == ['engine was {"quantization": "fp8"} and is {}']

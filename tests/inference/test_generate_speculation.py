@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 import raylm
-from raylm.errors import ModelError
+from raylm.config import GenerateConfig
+from raylm.errors import ConfigError, ModelError
+from raylm.inference.worker import stage_options
+from raylm.models.drafts import WORKER_REPAIR
 from tests.tiny import build_tiny_model
 
 
@@ -17,6 +20,31 @@ def test_a_draft_that_does_not_fit_is_refused_before_ray_starts(tmp_path: Path, 
     given = {"model": str(tiny_model_dir), "prompts": ["hello"], "output": str(tmp_path / "out.jsonl")}
     with pytest.raises(ModelError, match="is a LoRA adapter, not a whole model"):
         raylm.generate(given, {"speculation.method": "draft_model", "speculation.model": str(tmp_path)})
+
+
+def test_the_engine_of_a_stage_is_told_what_drafts(tiny_model_dir: Path) -> None:
+    """Answers are the same with and without, so nothing else says that speculation is not ignored."""
+    given = {"model": str(tiny_model_dir), "prompts": ["hello"]}
+    vllms = {"method": "ngram", "num_speculative_tokens": 2}
+    plain, ours, theirs = (
+        stage_options(GenerateConfig.model_validate({**given, **more}), str(tiny_model_dir), use_gpu=False)
+        for more in (
+            {},
+            {"speculation": {"method": "ngram", "num_speculative_tokens": 3}},
+            {"engine": {"speculative_config": vllms}},
+        )
+    )
+    assert plain == {}
+    assert ours["speculative_config"]["num_speculative_tokens"] == 3
+    assert theirs["speculative_config"] == vllms
+    assert ours["worker_extension_cls"] == theirs["worker_extension_cls"] == WORKER_REPAIR
+
+
+def test_speculation_that_is_set_twice_is_refused_before_ray_starts(tmp_path: Path, tiny_model_dir: Path) -> None:
+    given = {"model": str(tiny_model_dir), "prompts": ["hello"], "output": str(tmp_path / "out.jsonl")}
+    given |= {"speculation": {"method": "ngram"}, "engine": {"speculative_config": {"method": "ngram"}}}
+    with pytest.raises(ConfigError, match="excludes speculation"):
+        raylm.generate(given)
 
 
 @pytest.mark.slow

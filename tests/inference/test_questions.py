@@ -1,5 +1,8 @@
 """What rows of each format ask."""
 
+import errno
+import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from raylm.cli import _is_setting
 from raylm.config import GenerateConfig
 from raylm.config.data import SourceSection
+from raylm.data import readers
 from raylm.data.prompt import PromptEncoder
 from raylm.data.readers import RawRow
 from raylm.data.schema import RowProblem
@@ -17,6 +22,7 @@ from raylm.data.templates import chat_template
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import ConfigError
 from raylm.inference.engine import row_seed, sampling_params
+from raylm.inference.generate import has_gpus
 from raylm.inference.progress import Progress
 from raylm.inference.questions import Question, QuestionReader
 from raylm.inference.reading import batches_of, read_files
@@ -145,6 +151,79 @@ def test_batches_skip_what_is_done_and_count_rows() -> None:
         (4, 0, 4),
     ]
     assert next(iter(batches_of(rows, 3, [], 3, max_rows=0))).to_pylist()[0]["num_rows"] == 0
+
+
+class Torn(io.BytesIO):
+    """A disk that gives no more than a few lines."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        found = super().readline(size)
+        if self.tell() > 100:
+            raise OSError(errno.EIO, "Input/output error")
+        return found
+
+
+def test_a_file_that_cannot_be_read_on_is_not_finished(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    text = "".join(f'{{"text": "row {row:03}"}}\n' for row in range(50))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    files = list_files([SourceSection(path=str(tmp_path))])
+
+    def brought(max_rows: int | None = None) -> list[tuple[int, int, int, int]]:
+        tables = read_files(pa.table({"numbers": [[0, 1]]}), files, {}, batch_size=3, max_rows=max_rows)
+        found = [table.to_pylist()[0] for table in tables]
+        return [(one["file"], one["start"], len(one["index"]), one["num_rows"]) for one in found]
+
+    whole = brought()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            readers,
+            "open_bytes",
+            lambda path: Torn(text.encode()) if path.endswith("a.jsonl") else io.BytesIO(text.encode()),
+        )
+        torn = brought()
+        assert torn[:2] == [(0, 0, 3, -1), (0, 3, 2, -1)]
+        assert torn[2:] == [one for one in whole if one[0] == 1]
+        assert brought(max_rows=60) == torn[:2]
+        assert "a.jsonl: cannot be read: Input/output error. Its other rows wait" in caplog.text
+
+
+def test_a_damaged_file_is_a_fault_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:40])
+    last = list(readers.read_rows(str(path)))[-1]
+    assert (last.index, last.text, last.unread) == (-1, None, False)
+    assert list(batches_of([last], 0, [], 3))[-1]["num_rows"][0].as_py() == 1
+
+
+def test_an_integer_of_too_many_digits_is_a_fault_of_its_row() -> None:
+    reader = QuestionReader("auto", {}, "auto", {}, None, "last")
+    with pytest.raises(RowProblem, match="holds an integer of too many digits"):
+        reader.load('{"text": "a", "id": ' + "9" * 5000 + "}")
+
+
+@pytest.mark.parametrize("available", [0, 1, 3, 4])
+def test_a_cluster_with_too_few_gpus_is_not_taken_for_one_without(available: int) -> None:
+    given = {"model": "m", "prompts": ["a"], "num_replicas": 2, "engine": {"tensor_parallel_size": 2}}
+    config = GenerateConfig.model_validate(given)
+    if available in (0, 4):
+        assert has_gpus(available, config) == (available == 4)
+    else:
+        with pytest.raises(ConfigError, match=f"2 engines of 2 GPUs need 4, and the cluster has {available}"):
+            has_gpus(available, config)
+
+
+def test_what_is_nearly_a_setting_is_no_prompt() -> None:
+    for item in ("temprature=0.7", "max-tokens=5", "enginee.max_num_seqs=3"):
+        with pytest.raises(ConfigError, match=r"Did you mean (temperature|max_tokens|engine)"):
+            _is_setting(item)
+    assert [_is_setting(item) for item in ("temperature=1", "engine.a=1", "x=3", "Is a=b?", "modeling")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_seeds_depend_on_the_row_alone_and_leave_room_for_n() -> None:

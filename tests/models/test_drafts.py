@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from raylm.config.speculation import SpeculationSection
-from raylm.errors import ModelError
-from raylm.models.drafts import portable, speculative_config
+from raylm.errors import ConfigError, ModelError
+from raylm.models.drafts import WORKER_REPAIR, check_set_once, engine_options, portable, speculative_config
 from tests.tiny import build_tiny_model
 
 
@@ -127,3 +127,44 @@ def test_a_relative_draft_is_made_absolute_for_replicas(
     monkeypatch.chdir(tmp_path)
     assert portable(SpeculationSection(method="draft_model", model="./d")).model == str(tmp_path / "d")
     assert portable(SpeculationSection(method="ngram")).model is None
+
+
+NGRAM = SpeculationSection(method="ngram")
+GIVEN = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
+
+
+@pytest.mark.parametrize(
+    ("section", "engine", "use_gpu", "repaired"),
+    [
+        (NGRAM, {}, False, True),
+        (NGRAM, {}, True, False),
+        (None, GIVEN, False, True),
+        (None, GIVEN, True, False),
+        (None, {}, False, False),
+        (None, {"speculative_config": None, "worker_extension_cls": "a.B"}, False, False),
+        (None, {**GIVEN, "worker_extension_cls": "a.B"}, True, False),
+    ],
+)
+def test_without_gpu_whatever_sets_speculation_brings_the_repair(
+    tiny_model_dir: Path, section: SpeculationSection | None, engine: dict[str, Any], use_gpu: bool, repaired: bool
+) -> None:
+    found = engine_options(section, str(tiny_model_dir), use_gpu=use_gpu, engine=engine)
+    assert found.get("worker_extension_cls") == (WORKER_REPAIR if repaired else None)
+    assert ("speculative_config" in found) == (section is not None)
+
+
+@pytest.mark.parametrize(
+    ("section", "engine", "use_gpu", "said"),
+    [
+        (NGRAM, GIVEN, True, "engine.speculative_config: excludes speculation"),
+        (NGRAM, {"worker_extension_cls": "a.B"}, True, "engine.worker_extension_cls: excludes speculation"),
+        (None, {**GIVEN, "worker_extension_cls": "a.B"}, False, "needs without GPU"),
+    ],
+)
+def test_speculation_is_set_once(
+    section: SpeculationSection | None, engine: dict[str, Any], use_gpu: bool, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_set_once(section, engine, use_gpu=use_gpu)
+    with pytest.raises(ConfigError, match=said):
+        engine_options(section, "m", use_gpu=use_gpu, engine=engine)

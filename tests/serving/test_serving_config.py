@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raylm.config.engine import check_engine_keys
 from raylm.config.load import load_config
 from raylm.config.serving import ServeArgs, ServeConfig
 from raylm.errors import ConfigError
-from raylm.serving.engine_args import check_engine_keys, check_speculation, command_line, model_name
+from raylm.models.drafts import check_set_once
+from raylm.serving.engine_args import RESERVED, command_line, model_name
 
 
 def test_defaults_serve_on_loopback_only() -> None:
@@ -92,12 +94,12 @@ def test_engine_arguments_win_over_our_defaults_and_keep_their_types() -> None:
 )
 def test_an_engine_argument_with_a_key_of_its_own_is_refused(key: str, field: str) -> None:
     with pytest.raises(ConfigError, match=f"Set {field} instead"):
-        check_engine_keys({key: "x"})
+        check_engine_keys({key: "x"}, RESERVED)
 
 
 def test_an_engine_argument_is_written_with_underscores() -> None:
     with pytest.raises(ConfigError, match=r"engine.stream-interval: has dashes. Write engine.stream_interval."):
-        check_engine_keys({"stream-interval": 4})
+        check_engine_keys({"stream-interval": 4}, RESERVED)
 
 
 def test_the_shipped_serve_yaml_is_valid() -> None:
@@ -118,10 +120,10 @@ def test_speculation_becomes_vllms_own_setting_once() -> None:
         "prompt_lookup_min": 2,
         "prompt_lookup_max": 3,
     }
-    check_speculation(args)
+    check_set_once(args.speculation, args.engine)
     for key, value in (("speculative_config", {"method": "ngram"}), ("worker_extension_cls", "a.B")):
         with pytest.raises(ConfigError, match=rf"engine.{key}: excludes speculation"):
-            check_speculation(args.model_copy(update={"engine": {key: value}}))
+            check_set_once(args.speculation, {key: value})
 
 
 def test_speculation_without_gpu_brings_the_repair_of_its_sampling() -> None:

@@ -1,0 +1,18 @@
+"""The pass-through mapping of engine arguments, under vLLM's own names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from raylm.errors import ConfigError
+
+
+def check_engine_keys(engine: Mapping[str, Any], reserved: Mapping[str, str]) -> None:
+    """Raises ConfigError for a key with dashes, or one that is set by a field of ours.
+
+    reserved: vLLM's name -> the field that sets it.
+    """
+    for key in engine:
+        if "-" in key:
+            raise ConfigError(f"engine.{key}", "has dashes.", f"Write engine.{key.replace('-', '_')}.")
+        if key in reserved:
+            raise ConfigError(f"engine.{key}", "is set by a key of its own.", f"Set {reserved[key]} instead.")
