@@ -12,8 +12,8 @@ def merged(pages: Iterable[tuple[dict[str, str], str]]) -> str:
     """One page of many: each metric is described once, and its samples of all pages stand together.
 
     pages: labels that tell a page's samples apart, and the page. A label that a sample has already keeps its value.
-    Ray Serve's samples are about a whole node and stand on the page of each of its replicas: they get no label, and each
-    is there once.
+    Ray Serve's samples are about a whole node and stand on the page of each of its replicas: they get no label, and
+    each is there once.
     """
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}

@@ -63,8 +63,11 @@ def revisions() -> list[Revision]:
 
 
 def prepared(config: ServeConfig, *, has_key: bool) -> Revision:
-    """What `append` is to note of this configuration once it runs. Reads files, so it comes before the start: what fails
-    here must not fail when the new version has taken over. Raises RaylmError."""
+    """What `append` is to note of this configuration once it runs.
+
+    Reads files, so it comes before the start: what fails here must not fail when the new version has taken over.
+    Raises RaylmError.
+    """
     return Revision(0, "", _absolute(config).model_dump(mode="json", exclude_unset=True), {}, has_key)
 
 
