@@ -89,8 +89,8 @@ def resolve_adapters(args: ServeArgs, *, warn: bool = True) -> dict[str, Any]:
                 logger.warning("%s Other adapters are served.", item.problem)
     highest = max((item.rank for item in there if item.rank is not None), default=DEFAULT_RANK)
     return {
-        "adapter": _absolute(args.adapter),
-        "adapters": _absolute(args.adapters),
+        "adapter": absolute_address(args.adapter),
+        "adapters": absolute_address(args.adapters),
         "max_adapter_rank": limit or servable_rank(highest),
     }
 
@@ -140,7 +140,8 @@ def survey(
         return Survey(seen, problem=str(error))
 
 
-def _absolute(address: str | None) -> str | None:
+def absolute_address(address: str | None) -> str | None:
+    """The address as a process with another working directory finds it."""
     return address if address is None or scheme_of(address) else str(Path(address).expanduser().absolute())
 
 

@@ -11,6 +11,7 @@ seconds, so that all follow the same root.
 import asyncio
 import logging
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,8 @@ class _Entry:
     problem: RaylmError | None = None
     seen: str | None = None
     good_until: float = 0.0
+    refreshing: asyncio.Task[None] | None = None
+    """The last look at the files; it goes on when the request that it was begun for is cancelled."""
 
 
 class AdapterPool:
@@ -133,8 +136,11 @@ class AdapterPool:
             entry = self._entries.setdefault(name, _Entry())
         if force or not _is_fresh(entry, asked):
             async with entry.lock:
+                if entry.refreshing is not None:  # for a request that was cancelled meanwhile: its copy is kept
+                    await asyncio.wait((entry.refreshing,))
                 if force or not _is_fresh(entry, asked):
-                    await self._refresh(name, entry, force=force)
+                    entry.refreshing = asyncio.create_task(self._refresh(name, entry, force=force))
+                    await asyncio.shield(entry.refreshing)
         if entry.current is None:
             assert entry.problem is not None
             raise entry.problem.with_traceback(None)  # one object, raised again for each request
@@ -285,9 +291,8 @@ class AdapterPool:
         where = f"adapter {name}"
         if seen == PICKLED:
             raise pickle_refused(where)
-        partial = self._folder / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=self._folder))
         try:
             version = copy_hashed(files, partial)
             with (partial / CONFIG_FILE).open("rb") as config, (partial / WEIGHTS_FILE).open("rb") as weights:

@@ -7,6 +7,8 @@ first whether the name is known and then under which name to answer, within one 
 from contextvars import ContextVar
 from typing import Any
 
+from raylm.serving.asgi import App, Message, Receive, Send
+
 _asked: ContextVar[str | None] = ContextVar("asked", default=None)
 
 
@@ -25,3 +27,17 @@ def answer_as_asked(models: Any) -> None:
         return asked or name_of(lora_request)
 
     models.is_base_model, models.model_name = is_base_model, model_name
+
+
+def each_request_anew(app: App) -> App:
+    """ASGI middleware: no request knows what another asked for. uvicorn starts one that was sent ahead (pipelined) in
+    the context of the one before."""
+
+    async def forgetful(scope: Message, receive: Receive, send: Send) -> None:
+        token = _asked.set(None)
+        try:
+            await app(scope, receive, send)
+        finally:
+            _asked.reset(token)
+
+    return forgetful

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylm.config.serving import ServeArgs, ServeConfig
-from raylm.errors import ClusterError, RaylmError, ServingError
+from raylm.errors import ClusterError, ConfigError, RaylmError, ServingError
 from raylm.ray_session import ray_session
 from raylm.serving import history
 from raylm.serving.api_key import read_api_keys
@@ -61,9 +61,15 @@ def deploy_app(config: ServeConfig) -> Deployment:
     """Puts the application onto the Serve that runs on the cluster, or starts one there, and leaves it.
 
     Returns when the new version answers and the old one takes no more requests. Uses the Ray that is connected, else
-    `cluster_address`, RAY_ADDRESS, or the cluster of this machine.
+    `cluster_address`, RAY_ADDRESS, or the cluster that `ray start` has put this machine into.
     Raises RaylmError; whatever fails, an application that ran before goes on running as it was.
     """
+    if config.chat_page:
+        raise ConfigError(
+            "chat_page",
+            "is a page of raylm serve, which ends with it.",
+            "On a cluster the page is an application of its own: serve/chat_page.yaml.",
+        )
     check_config(config)
     history.check_storable(config)
     with _cluster(config.cluster_address):
@@ -77,7 +83,7 @@ def roll_back(cluster_address: str | None = None) -> Deployment:
     Raises ServingError when there is none, or its API key cannot be read here.
     """
     with _cluster(cluster_address):
-        known = history.revisions()
+        known = history.revisions() if _application() is not None else []
         if len(known) < 2:
             raise ServingError("rollback", "there is no former version.", "Deploy the one you want.")
         target, current = known[-2], known[-1]
@@ -110,7 +116,10 @@ def _replace(
 ) -> Deployment:
     """The new configuration in place of the former, or an error and the former as it was."""
     running = _application()
-    if running is not None:
+    if running is None:  # what the cluster remembers has ended without `delete`: it says nothing about what runs
+        former = None
+        history.clear()
+    else:
         _check_shape(config, running)
     restore = _restorer(former) if running is not None else None
     leaving = _leaving(config, former) if former is not None and needs_gateway(config) else []
@@ -121,6 +130,7 @@ def _replace(
         _check_room(config, known, versions)
     import ray
 
+    revision = history.prepared(config, has_key=bool(read_api_keys(config.api_key_file)))
     door, started = lasting_front_door(config, num_nodes=sum(node["Alive"] for node in ray.nodes()))
     url = client_url(door)
     try:
@@ -141,7 +151,7 @@ def _replace(
     if going_back:
         history.go_back(versions)
     else:
-        history.append(config, versions, has_key=bool(read_api_keys(config.api_key_file)))
+        history.append(revision, versions)
     return _described()
 
 
@@ -212,7 +222,7 @@ def _check_room(config: ServeConfig, known: dict[str, str], versions: dict[str, 
 
 def _leaving(config: ServeConfig, former: Revision) -> list[tuple[ServeArgs, bool]]:
     """Models of the former configuration that the new one lacks: they stay until the new gateway has taken over."""
-    if not needs_gateway(former.config):
+    if DIRECT in former.versions:
         return []
     staying, old = _deployments(config), models_of(former.config)
     leaving = [model for model in old if deployment_name(model) not in staying]
@@ -285,13 +295,28 @@ def _cluster(address: str | None) -> Iterator[None]:
     """Connected to a cluster that outlives this process."""
     import ray
 
-    named = address or os.environ.get("RAY_ADDRESS")
+    named = next((each for each in (address, os.environ.get("RAY_ADDRESS")) if each not in (None, "", "auto")), None)
+    found = named or _recorded_address()
+    none_runs = ClusterError(
+        "raylm deploy", "found no running Ray cluster.", "Start one: ray start --head, or set cluster_address."
+    )
+    if found is None and not ray.is_initialized():
+        raise none_runs
     try:
-        with quiet_serve_logger(), ray_session(address or named or "auto", num_cpus=0):
+        with quiet_serve_logger(), ray_session(found, num_cpus=0):
             yield
     except ClusterError as error:
-        if named or ray.is_initialized() or "auto" not in error.where:
+        if named or error.where != f"Ray cluster {found}":
             raise
-        raise ClusterError(
-            "raylm deploy", "found no running Ray cluster.", "Start one: ray start --head, or set cluster_address."
-        ) from None
+        raise none_runs from None  # the record of a cluster that is gone
+
+
+def _recorded_address() -> str | None:
+    """The address that `ray start` left in Ray's temporary folder, which RAY_TMPDIR names.
+
+    Ray's own `auto` also takes any Ray process of the machine, the private one of another program among them. Ray 2.60
+    has no public way to ask for the record alone.
+    """
+    from ray._private.utils import read_ray_address
+
+    return read_ray_address() or None

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from raylm.config.serving import ServeConfig
-from raylm.errors import ServingError
+from raylm.errors import ConfigError, ServingError
 from raylm.ray_session import ray_session
 from raylm.serving import history
 from raylm.serving.api_key import read_api_keys
@@ -78,6 +78,7 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
     ):
         versions: dict[str, str] = {}
         app = build_app(config, versions=versions)
+        revision = _recordable(config)
         num_nodes = sum(node["Alive"] for node in ray.nodes())
         with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
             first = models_of(config)[0]
@@ -86,7 +87,7 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
                 logger.info("starting %d engine(s) of %s", max(model.min_replicas, 1), model.model)
             with chat_page_beside(endpoint.url, wanted=config.chat_page) as page:
                 _wait_until_ready(endpoint, config)
-                with _on_record(config, versions):
+                with _on_record(revision, versions):
                     yield replace(endpoint, chat_page=page.wait_until_ready(config.start_timeout_s))
 
 
@@ -128,10 +129,22 @@ def _deployed(app: Any) -> Iterator[None]:
         serve.delete(APP_NAME)
 
 
+def _recordable(config: ServeConfig) -> history.Revision | None:
+    """What the cluster may remember of this server; nothing where a secret would stand there."""
+    try:
+        history.check_storable(config)
+    except ConfigError as error:
+        logger.warning("raylm deploy cannot roll back to this server: %s %s", error.where, error.problem)
+        return None
+    return history.prepared(config, has_key=bool(read_api_keys(config.api_key_file)))
+
+
 @contextmanager
-def _on_record(config: ServeConfig, versions: dict[str, str]) -> Iterator[None]:
+def _on_record(revision: history.Revision | None, versions: dict[str, str]) -> Iterator[None]:
     """Lets `raylm deploy` upgrade what runs, and roll back to it."""
-    history.append(config, versions, has_key=bool(read_api_keys(config.api_key_file)))
+    history.clear()
+    if revision is not None:
+        history.append(revision, versions)
     try:
         yield
     finally:

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+from raylm.serving.metrics import SERVE_PREFIX
+
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{(.*)\})?(\s.*)$")
 
 
@@ -10,9 +12,12 @@ def merged(pages: Iterable[tuple[dict[str, str], str]]) -> str:
     """One page of many: each metric is described once, and its samples of all pages stand together.
 
     pages: labels that tell a page's samples apart, and the page. A label that a sample has already keeps its value.
+    Ray Serve's samples are about a whole node and stand on the page of each of its replicas: they get no label, and
+    each is there once.
     """
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
+    of_serve: set[str] = set()
     for labels, page in pages:
         family = ""
         for line in page.splitlines():
@@ -21,6 +26,11 @@ def merged(pages: Iterable[tuple[dict[str, str], str]]) -> str:
                 head = heads.setdefault(family, [])
                 if not any(other.startswith(line[: len("# HELP ")] + family + " ") for other in head):
                     head.append(line)
+            elif line.startswith(SERVE_PREFIX):
+                named = line[: line.rfind("}") + 1] or line.split()[0]
+                if named not in of_serve:
+                    of_serve.add(named)
+                    samples.setdefault(family, []).append(line)
             elif line and not line.startswith("#"):
                 samples.setdefault(family, []).append(_labelled(line, labels))
     lines = [

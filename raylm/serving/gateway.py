@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.5
 _SHORT_S = 10.0
 _LIST_S = 1.0
+_USAGE_S = 5.0
 _UP = ("HEALTHY", "UNHEALTHY", "UPSCALING", "DOWNSCALING")
 _FORM_MODEL = re.compile(rb'name="model"\r\n\r\n(.*?)\r\n')
 
@@ -99,16 +100,18 @@ class GatewayApp:
             await receive()  # websocket.connect; closing before accepting is answered with 403
             await send({"type": "websocket.close", "code": 1008})
         else:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            scope = copied(scope, path=path, raw_path=path.encode())
+            sender = _Sender(send)
+            of_all = _OF_ALL.get((scope["method"], path))
+            if of_all is not None:  # whatever body comes with these is never held: health is open to all
+                await _while_connected(of_all(self, scope, sender), receive, sender)
+                return
             body = await _whole_body(receive)
             if body is not None:
-                await _while_connected(self._answer(scope, body, send), receive)
+                await _while_connected(self._answer(scope, body, sender), receive, sender)
 
     async def _answer(self, scope: Message, body: bytes, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        scope = copied(scope, path=path, raw_path=path.encode())
-        if scope["method"] == "GET" and path in _OF_ALL:
-            await _OF_ALL[path](self, scope, send)
-            return
         content = _content(body)
         named = content.get("model") if isinstance(content, Mapping) else _form_model(scope, body)
         name = named or _query_model(scope)
@@ -124,8 +127,13 @@ class GatewayApp:
         """The engine that a name leads to. An adapter is `model:adapter`; a lone engine knows what else it has."""
         if not isinstance(name, str) or not name:
             return None
-        exact = self._by_name.get(name) or self._by_name.get(name.partition(":")[0])
-        return exact or (self._all[0] if len(self._all) == 1 else None)
+        exact = self._by_name.get(name)
+        if exact is not None:
+            return exact
+        bases = [known for known in self._by_name if name.startswith(f"{known}:")]  # a name may have colons itself
+        if bases:
+            return self._by_name[max(bases, key=len)]
+        return self._all[0] if len(self._all) == 1 else None
 
     async def _lister(self, name: Any, scope: Message) -> tuple[Route, Any] | None:
         """The engine that lists the name without having been configured with it: the bare name of an adapter.
@@ -137,7 +145,7 @@ class GatewayApp:
         if time.monotonic() - self._listed >= _LIST_S:
             self._listed = time.monotonic()
             await self._list(scope)
-        return next((e for e in self._all if any(card["id"] == name for card in self._cards.get(e[0], []))), None)
+        return next((e for e in self._all if any(name in _names_of(card) for card in self._cards.get(e[0], []))), None)
 
     async def _without_name(self, scope: Message, body: bytes, content: Any, send: Send) -> None:
         """A request that names no model: what only one engine could mean, or what each would answer alike."""
@@ -224,10 +232,29 @@ class GatewayApp:
 
 
 _OF_ALL = {
-    "/v1/models": GatewayApp._models,
-    "/health": GatewayApp._health,
-    "/metrics": GatewayApp._metrics,
+    ("GET", "/v1/models"): GatewayApp._models,
+    ("GET", "/health"): GatewayApp._health,
+    ("HEAD", "/health"): GatewayApp._health,
+    ("GET", "/metrics"): GatewayApp._metrics,
 }
+
+
+def _names_of(card: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a client may call it: an adapter, whose card names its base as `parent`, by its bare name as well."""
+    return (card["id"], card.get("root")) if card.get("parent") else (card["id"],)
+
+
+class _Sender:
+    """Sends on; `ended` once the last of the response is out."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.ended = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.ended = True  # before it is sent: the server says that the client has gone as soon as it is
+        await self._send(message)
 
 
 async def _ask(handle: Any, request: dict[str, Any]) -> list[tuple[int, bytes]]:
@@ -243,11 +270,17 @@ async def _ask(handle: Any, request: dict[str, Any]) -> list[tuple[int, bytes]]:
     return [(503, b"") if isinstance(answer, BaseException) else answer for answer in found]
 
 
-async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Awaits the work, or cancels it when the client leaves."""
+async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive, sender: _Sender) -> None:
+    """Awaits the work, or cancels it when the client leaves.
+
+    After the last of a response uvicorn says at once that the client has gone; then what the request has cost is still
+    to come from the engine.
+    """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() and sender.ended:
+            await asyncio.wait((task,), timeout=_USAGE_S)
         if task.done():
             task.result()
     finally:

@@ -238,7 +238,7 @@ class Exchange:
         self.route = route_of(scope)
         self.authorization = self.sent_id = b""
         self.content_length = 0
-        self.is_preflight = chunked = False
+        chunked = has_origin = asks_for_method = False
         self.length_is_open = self.method not in ("GET", "HEAD", "OPTIONS")
         for name, value in scope["headers"]:
             if name == b"authorization":
@@ -249,9 +249,13 @@ class Exchange:
                 self.length_is_open = chunked = True
             elif name == b"x-request-id":
                 self.sent_id = value
+            elif name == b"origin":
+                has_origin = True
             elif name == b"access-control-request-method":
-                self.is_preflight = self.method == "OPTIONS"
-        self.is_open = self.route in OPEN_PATHS
+                asks_for_method = True
+        # Without an origin vLLM's CORS middleware does not answer it, and a route gets it.
+        self.is_preflight = self.method == "OPTIONS" and has_origin and asks_for_method
+        self.is_open = self.method in ("GET", "HEAD") and self.route in OPEN_PATHS
         self.request_id = self.sent_id.decode() if _SANE_ID.fullmatch(self.sent_id) else uuid.uuid4().hex
         self.key: str | None = None
         self.allowance: Allowance | None = None

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from raylm.config.serving import ServeConfig
+from raylm.config.serving import ModelArgs, ServeConfig
 from raylm.errors import ConfigError
+from raylm.models.drafts import portable
+from raylm.serving.adapter_survey import absolute_address
 from raylm.serving.app import checked_models
 from raylm.serving.models import models_of
 
@@ -60,15 +62,21 @@ def revisions() -> list[Revision]:
     return [Revision(**row) for row in json.loads(stored)] if stored else []
 
 
-def append(config: ServeConfig, versions: Mapping[str, str], *, has_key: bool) -> Revision:
-    """Notes that this configuration is the running one."""
+def prepared(config: ServeConfig, *, has_key: bool) -> Revision:
+    """What `append` is to note of this configuration once it runs.
+
+    Reads files, so it comes before the start: what fails here must not fail when the new version has taken over.
+    Raises RaylmError.
+    """
+    return Revision(0, "", _absolute(config).model_dump(mode="json", exclude_unset=True), {}, has_key)
+
+
+def append(revision: Revision, versions: Mapping[str, str]) -> None:
+    """Notes that a prepared revision is the running one, under these versions."""
     kept = revisions()
     number = kept[-1].number + 1 if kept else 1
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    settings = _absolute(config).model_dump(mode="json", exclude_unset=True)
-    revision = Revision(number, at, settings, dict(versions), has_key)
-    _store([*kept, revision])
-    return revision
+    _store([*kept, replace(revision, number=number, at=at, versions=dict(versions))])
 
 
 def go_back(versions: Mapping[str, str]) -> None:
@@ -94,13 +102,27 @@ def _store(kept: list[Revision]) -> None:
 def _absolute(config: ServeConfig) -> ServeConfig:
     """Paths as they are found from any folder: the configuration may be used again from another."""
     located = [model.model for model in checked_models(config)]
-    changes: dict[str, Any] = {}
+    changes = _beside_the_model(config)
     if config.models:
         entries = zip(config.models, located, strict=True)
-        changes["models"] = [entry.model_copy(update={"model": path}) for entry, path in entries]
+        changes["models"] = [
+            entry.model_copy(update={"model": path, **_beside_the_model(entry)}) for entry, path in entries
+        ]
     else:
         changes["model"] = located[0]
         changes["name"] = models_of(config)[0].name
-    if config.api_key_file is not None:
-        changes["api_key_file"] = os.path.abspath(os.path.expanduser(config.api_key_file))
+    for key in ("api_key_file", "tls_cert_file", "tls_key_file"):
+        file = getattr(config, key)
+        if file is not None:
+            changes[key] = os.path.abspath(os.path.expanduser(file))
     return config.model_copy(update=changes)
+
+
+def _beside_the_model(args: ModelArgs) -> dict[str, Any]:
+    """The other paths that these arguments themselves name."""
+    found: dict[str, Any] = {
+        key: absolute_address(getattr(args, key)) for key in ("adapter", "adapters") if getattr(args, key) is not None
+    }
+    if args.speculation is not None:
+        found["speculation"] = portable(args.speculation)
+    return found

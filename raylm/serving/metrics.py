@@ -51,7 +51,7 @@ class OneMetricsPage:
         self._app, self._replica, self._own, self._serve_metrics = app, replica, own, serve_metrics
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") != PATH:
+        if not _reads_metrics(scope):
             await self._app(scope, receive, send)
             return
         messages: list[Message] = []
@@ -69,6 +69,13 @@ class OneMetricsPage:
             start = {**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
         await send(start)
         await send({"type": "http.response.body", "body": body})
+
+
+def _reads_metrics(scope: Message) -> bool:
+    """A preflight of the same path, which passes without a key, must not get the figures."""
+    if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+        return False
+    return str(scope["path"]).removeprefix(scope.get("root_path", "")).rstrip("/") == PATH
 
 
 def labelled(text: str, name: str, value: str) -> str:

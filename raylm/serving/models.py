@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from raylm.config.serving import ModelArgs, ServeArgs
 from raylm.errors import ConfigError
@@ -10,24 +13,39 @@ from raylm.serving.engine_args import model_name
 
 _OF_A_MODEL = set(ModelArgs.model_fields)
 _OF_ONE_ENTRY = {"model", "name", "aliases"}
+_ADAPTERS = {"adapter", "adapters"}
 
 
 def models_of(args: ServeArgs) -> list[ServeArgs]:
     """One ServeArgs for each model, with its name set, and nothing in it of the others or of the application.
 
-    Keys of a model that stand beside `models` are the defaults of its entries; the two `engine` mappings are joined.
-    Raises ConfigError when a name or alias is there twice.
+    Keys of a model that stand beside `models` are the defaults of its entries; the two `engine` mappings are joined,
+    and an entry's `adapter` or `adapters` stands for both.
+    Raises ConfigError when a name or alias is there twice, or an entry and its defaults do not fit together.
     """
     entries: Sequence[ModelArgs] = args.models or [args]
     shared = args.model_dump(include=_OF_A_MODEL - _OF_ONE_ENTRY, exclude_unset=True)
     models = []
-    for entry in entries:
+    for index, entry in enumerate(entries):
         own = entry.model_dump(include=_OF_A_MODEL, exclude_unset=True)
         engine = {**shared.get("engine", {}), **own.get("engine", {})}
-        model = ServeArgs.model_validate({**shared, **own, "engine": engine})
+        replaced = _ADAPTERS if _ADAPTERS & own.keys() else set()
+        defaults = {key: value for key, value in shared.items() if key not in replaced}
+        model = _validated({**defaults, **own, "engine": engine}, f"models.{index}")
         models.append(model.model_copy(update={"name": model_name(model)}))
     _check_names(models, args)
     return models
+
+
+def _validated(settings: dict[str, Any], where: str) -> ServeArgs:
+    """The two halves are valid each by itself; what they make together may not be."""
+    try:
+        return ServeArgs.model_validate(settings)
+    except ValidationError as error:
+        problems = ". ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+        raise ConfigError(
+            where, f"does not fit to the keys beside models: {problems}.", "Change one of the two."
+        ) from None
 
 
 def names_of(model: ServeArgs) -> list[str]:

@@ -107,12 +107,19 @@ def shut_down_if_empty() -> None:
 def _start(config: ServeConfig, environment: dict[str, str]) -> None:
     from ray import serve
 
-    tls = {"ssl_certfile": config.tls_cert_file, "ssl_keyfile": config.tls_key_file} if config.tls_cert_file else {}
     serve.start(
-        http_options={"host": config.host, "port": config.port, **tls},
+        http_options={"host": config.host, "port": config.port, **tls_options(config)},
         controller_options={"runtime_env": {"env_vars": environment}},
         logging_config={"enable_access_log": False},
     )
+
+
+def tls_options(config: ServeConfig) -> dict[str, str]:
+    """Serve's names for the certificate and its key. The proxy has another working directory than the user."""
+    if config.tls_cert_file is None or config.tls_key_file is None:
+        return {}
+    files = {"ssl_certfile": config.tls_cert_file, "ssl_keyfile": config.tls_key_file}
+    return {key: str(Path(file).absolute()) for key, file in files.items()}
 
 
 def _shut_down() -> None:

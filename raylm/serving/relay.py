@@ -13,6 +13,7 @@ from typing import Any
 from raylm.config.serving import ServeArgs
 from raylm.serving.asgi import App, Message, Send
 from raylm.serving.replica import Replica
+from raylm.serving.usage import USAGE
 
 _GRACE_S = 1.0
 _PASSED_ON = (
@@ -78,15 +79,25 @@ async def messages_of(app: App, request: dict[str, Any]) -> AsyncIterator[list[M
 
 
 def _joined(messages: list[Message]) -> list[Message]:
-    """Bodies that follow each other as one: every message costs the gateway a write."""
+    """Bodies that follow each other as one, as every message costs the gateway a write; what they cost as one too."""
     joined: list[Message] = []
+    body: Message | None = None
+    usage: Message | None = None
     for message in messages:
-        last = joined[-1] if joined else None
-        if last is not None and last["type"] == message["type"] == "http.response.body":
-            last["body"] = last.get("body", b"") + message.get("body", b"")
-            last["more_body"] = message.get("more_body", False)
+        kind = message["type"]
+        if kind == "http.response.body" and body is not None:
+            body["body"] = body.get("body", b"") + message.get("body", b"")
+            body["more_body"] = message.get("more_body", False)
+            continue
+        if kind == USAGE and usage is not None:
+            for key in ("prompt_tokens", "completion_tokens"):
+                usage[key] += message[key]
+            continue
+        joined.append(dict(message))
+        if kind == USAGE:
+            usage = joined[-1]
         else:
-            joined.append(dict(message))
+            body = joined[-1] if kind == "http.response.body" else None
     return joined
 
 

@@ -19,7 +19,7 @@ from raylm.models.folder import as_folder
 from raylm.serving.access_log import stop_writing, write_beside_the_replica_log
 from raylm.serving.adapter_routes import close_vllm_adapter_routes, serve_adapters
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
-from raylm.serving.asked_name import answer_as_asked
+from raylm.serving.asked_name import answer_as_asked, each_request_anew
 from raylm.serving.engine_args import command_line, model_name
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.metrics import OneMetricsPage, Phases, ServePage, own_metrics, replica_id
@@ -79,8 +79,8 @@ class Replica:
         # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
         stack: Any = app.middleware_stack or app.build_middleware_stack()
         own = own_metrics(model_name(self._args), self._args.model, self._phases.seconds)
-        page = OneMetricsPage(stack, replica_id(), own, ServePage())
-        app.middleware_stack = Metered(page, self._engine)
+        page = OneMetricsPage(each_request_anew(stack), replica_id(), own, ServePage())
+        app.middleware_stack = Metered(page, self._engine, along=self._guard is None)
         if self._guard is not None:
             if self._guard.access_log:
                 write_beside_the_replica_log()

@@ -153,18 +153,34 @@ def run_bench(
     from raylm.ray_session import ray_session
 
     concurrencies = sorted(set(concurrencies))
+    alone = closed_to_others(config)
     with ray_session(config.cluster_address, num_cpus=os.cpu_count() or 1):
         plain = _measure_server(
-            config.model_copy(update={"speculation": None, "num_replicas": 1}),
+            alone.model_copy(update={"speculation": None}),
             tasks,
             concurrencies,
             max_tokens=max_tokens,
         )
-        guessed = _measure_server(
-            config.model_copy(update={"num_replicas": 1}), tasks, concurrencies, max_tokens=max_tokens
-        )
+        guessed = _measure_server(alone, tasks, concurrencies, max_tokens=max_tokens)
     rows = tuple(_row(count, *pair) for count, *pair in zip(concurrencies, plain, guessed, strict=True))
     return BenchResult(config.model, config.speculation.method, rows)
+
+
+def closed_to_others(config: ServeConfig) -> ServeConfig:
+    """The engine's part of a configuration, for one replica on loopback that only this process asks: keys and limits
+    would slow or refuse the load, and a page or a certificate is nothing to measure."""
+    from raylm.config.limits import LimitsSection
+
+    changes = {
+        "num_replicas": 1,
+        "host": "127.0.0.1",
+        "api_key_file": None,
+        "limits": LimitsSection(),
+        "chat_page": False,
+        "tls_cert_file": None,
+        "tls_key_file": None,
+    }
+    return config.model_copy(update=changes)
 
 
 def _row(concurrency: int, plain: Measured, guessed: Measured) -> BenchRow:

@@ -59,10 +59,13 @@ class Metered:
     The message `{"type": "raylm.usage", "prompt_tokens": n, "completion_tokens": m}` is for our own middleware outside
     of it, which does not send it on. When a request is cancelled its engine requests are aborted: vLLM's routes, when
     they are cancelled while they wait for a whole answer, leave it to be generated.
+
+    along: say before each piece of a response too what has come since, for a listener who may not hear the end: over a
+    handle, what a cancelled call still sends is lost.
     """
 
-    def __init__(self, app: App, engine: Any) -> None:
-        self._app, self._engine = app, engine
+    def __init__(self, app: App, engine: Any, *, along: bool = False) -> None:
+        self._app, self._engine, self._along = app, engine, along
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -70,16 +73,29 @@ class Metered:
             return
         current = EngineRequests()
         token = _CURRENT.set(current)
+        said = {"prompt_tokens": 0, "completion_tokens": 0}
+
+        async def say() -> None:
+            count = current.count()
+            since = {key: count[key] - said[key] for key in count}
+            if any(since.values()):
+                said.update(count)
+                await send({"type": USAGE, **since})
+
+        async def send_along(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                await say()
+            await send(message)
+
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_along if self._along else send)
         except BaseException:
             current.over = True
             await self._abort(current)
             raise
         finally:
             _CURRENT.reset(token)
-            if current.states:
-                await send({"type": USAGE, **current.count()})
+            await say()
 
     async def _abort(self, requests: EngineRequests) -> None:
         running = self._engine.output_processor.request_states

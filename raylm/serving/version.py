@@ -7,7 +7,7 @@ would start the others anew. Files count by name, size and time: weights that we
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, ServeArgs):
         return value
     settings = value.model_dump(mode="json", exclude=_NOT_OF_A_REPLICA)
-    return json.dumps(settings, sort_keys=True), _files(value.model)
+    drafter = value.speculation.model if value.speculation is not None else None
+    return json.dumps(settings, sort_keys=True), _files(value.model), _files(drafter), _template(value.engine)
 
 
 _NOT_OF_A_REPLICA = {
@@ -47,9 +48,24 @@ _NOT_OF_A_REPLICA = {
 }
 
 
-def _files(model: str) -> list[tuple[str, int, int]]:
-    folder = Path(as_folder(model))
-    if not folder.is_dir():
+def _files(model: str | None) -> list[tuple[str, int, int]]:
+    """What is in a model's folder; nothing for a hub id, and for no model."""
+    folder = Path(as_folder(model)) if model else None
+    if folder is None or not folder.is_dir():
         return []
-    files = [(file, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
-    return [(file.name, status.st_size, status.st_mtime_ns) for file, status in files]
+    return [_mark(file) for file in sorted(folder.iterdir()) if file.is_file()]
+
+
+def _template(engine: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """The chat template, where it is a file: vLLM takes the template itself as well."""
+    named = engine.get("chat_template")
+    try:
+        file = Path(named) if isinstance(named, str) else None
+        return [_mark(file)] if file is not None and file.is_file() else []
+    except OSError:  # a text too long to be a name
+        return []
+
+
+def _mark(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return file.name, status.st_size, status.st_mtime_ns

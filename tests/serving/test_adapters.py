@@ -441,6 +441,33 @@ def test_the_version_is_that_of_the_files_whatever_the_copy(root: Path, served_m
     assert asyncio.run(pool.get("one", force=True)) is first
 
 
+def test_what_a_cancelled_request_began_is_kept_for_the_next(
+    root: Path, served_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[Path] = []
+    copy = adapters_module.copy_hashed
+
+    def slow_copy(files: Any, folder: Path) -> str:
+        copies.append(folder)
+        time.sleep(0.3)
+        return copy(files, folder)
+
+    monkeypatch.setattr(adapters_module, "copy_hashed", slow_copy)
+
+    async def steps() -> None:
+        pool, engine = pool_of(root, tmp_path, served_model_dir)
+        first = asyncio.create_task(pool.get("one"))
+        await asyncio.sleep(0.15)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        found = await pool.get("one")
+        assert (found.rank, len(engine.loads), len(copies)) == (4, 1, 1)
+        assert not list((tmp_path / "copies").glob("*.partial"))
+
+    asyncio.run(steps())
+
+
 def test_a_refused_version_does_not_replace_the_one_that_is_served(
     root: Path, served_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

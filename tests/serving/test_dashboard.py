@@ -1,5 +1,6 @@
 """What is seen of a server: one /metrics, and a dashboard that asks for nothing that is not there."""
 
+import asyncio
 import json
 import re
 import time
@@ -11,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from raylm.cli import main
 from raylm.serving.dashboard import PANELS, dashboard, metric_names
-from raylm.serving.metrics import Phases, labelled, serve_lines
+from raylm.serving.metrics import OneMetricsPage, Phases, labelled, serve_lines
 from tests.serving.request_table import MODEL, REQUESTS
 from tests.serving.servers import KEY, Running
 from tests.serving.test_conformance import send
@@ -39,6 +40,24 @@ def test_of_the_nodes_page_only_serves_figures_are_taken() -> None:
         "# HELP ray_x h\n# TYPE ray_x gauge\nray_x 1\n# HELP ray_serve_y h\n# TYPE ray_serve_y gauge\nray_serve_y 2\n"
     )
     assert serve_lines(page).splitlines() == page.splitlines()[3:]
+
+
+def test_a_preflight_does_not_get_the_figures() -> None:
+    """It passes without a key, and vLLM answers it with 200."""
+    sent: list[Any] = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"OK"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    page = OneMetricsPage(app, "r1", "raylm_own 1\n", lambda: "")
+    for method in ("OPTIONS", "GET"):
+        asyncio.run(page({"type": "http", "method": method, "path": "/metrics"}, None, send))  # type: ignore[arg-type]
+    assert sent[1]["body"] == b"OK"
+    assert b"raylm_own 1" in sent[3]["body"]
 
 
 def test_a_phase_counts_when_it_ends_well() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,12 @@ from raylm.config.load import load_config
 from raylm.config.serving import ServeConfig
 from raylm.errors import ConfigError, ServingError
 from raylm.serving import delete, deploy_app, deployed, roll_back
-from raylm.serving.history import check_storable
+from raylm.serving.app import checked_models
+from raylm.serving.deploy import _leaving, _recorded_address
+from raylm.serving.endpoint import _recordable
+from raylm.serving.history import Revision, check_storable, prepared
+from raylm.serving.proxy import tls_options
+from tests.serving.adapter_support import build_adapter
 from tests.serving.servers import free_port
 from tests.tiny import build_tiny_model
 
@@ -37,13 +43,78 @@ def test_no_secret_goes_into_the_store() -> None:
     check_storable(ServeConfig(model="m", engine={"max_num_batched_tokens": 64}))
 
 
-def test_without_a_cluster_the_error_says_how_to_start_one(served_model_dir: Path, tmp_path: Path) -> None:
+def test_without_a_cluster_the_error_says_how_to_start_one(
+    ray_cluster: Any, served_model_dir: Path, tmp_path: Path
+) -> None:
+    """Beside the private Ray of another program, which is no cluster to deploy on."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "raylm.cli", "deploy", str(served_model_dir)]
     environment |= {"RAY_TMPDIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2
     assert "found no running Ray cluster. Start one: ray start --head" in done.stderr
+
+
+def test_the_cluster_of_ray_start_is_found_by_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.utils import write_ray_address
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert _recorded_address() is None
+    (tmp_path / "ray").mkdir()
+    write_ray_address("10.0.0.1:6379", str(tmp_path / "ray"))  # what `ray start` calls
+    assert _recorded_address() == "10.0.0.1:6379"
+
+
+def test_a_chat_page_is_not_deployed() -> None:
+    with pytest.raises(ConfigError, match=r"chat_page: .*serve/chat_page.yaml"):
+        deploy_app(ServeConfig(model="m", chat_page=True))
+
+
+def test_what_is_recorded_is_found_from_any_folder(
+    served_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "models"
+    for name in ("m", "draft"):
+        shutil.copytree(served_model_dir, models / name)
+    build_adapter(tmp_path / "root" / "polite", served_model_dir, seed=1)
+    (tmp_path / "key").write_text("k")
+    speculation = {"method": "draft_model", "model": "models/draft"}
+    entries = [{"model": "models/m", "name": "a", "adapter": "root/polite"}, {"model": "models/m", "name": "b"}]
+    own = {"model": "models/m", "name": "c", "speculation": speculation, "adapters": "root"}
+    monkeypatch.chdir(tmp_path)
+    config = {"models": [*entries, own], "adapters": "root", "api_key_file": "key", "dtype": "float32"}
+    revision = prepared(load_config(ServeConfig, config), has_key=True)
+    stored = revision.settings
+    assert (stored["adapters"], stored["api_key_file"]) == (str(tmp_path / "root"), str(tmp_path / "key"))
+    assert stored["models"][0]["adapter"] == str(tmp_path / "root" / "polite")
+    assert "adapters" not in stored["models"][1]
+    assert stored["models"][2]["speculation"]["model"] == str(models / "draft")
+    assert stored["models"][2]["adapters"] == str(tmp_path / "root")
+    monkeypatch.chdir("/")
+    assert [model.name for model in checked_models(revision.config)] == ["a", "b", "c"]
+
+
+def test_models_that_leave_are_those_of_a_gateway() -> None:
+    """By what ran, not by what the configuration would be today: its key file may say otherwise now."""
+    config = load_config(ServeConfig, {"model": "new", "gateway": "always"})
+    former = {"model": "old", "num_replicas": 2}
+    behind_gateway = Revision(1, "", former, {"engine-old": "1", "gateway": "2"}, False)
+    assert [(model.name, alone) for model, alone in _leaving(config, behind_gateway)] == [("old", True)]
+    assert _leaving(config, Revision(1, "", former, {"engine": "1"}, False)) == []
+
+
+def test_a_server_whose_settings_hold_a_secret_is_not_recorded(served_model_dir: Path) -> None:
+    model = str(served_model_dir)
+    assert _recordable(ServeConfig(model=model, engine={"hf_token": "x"})) is None
+    assert _recordable(ServeConfig(model=model)) is not None
+
+
+def test_the_proxy_gets_paths_of_certificates_that_it_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ServeConfig(model="m", tls_cert_file="cert.pem", tls_key_file="key.pem")
+    expected = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
+    assert tls_options(config) == expected
+    assert tls_options(ServeConfig(model="m")) == {}
 
 
 @pytest.mark.parametrize(

@@ -39,3 +39,19 @@ def test_a_value_is_escaped() -> None:
 
 def test_no_pages_are_an_empty_page() -> None:
     assert merged([]) == ""
+
+
+def test_figures_of_serve_are_there_once_and_not_of_a_model() -> None:
+    """Each replica's page has those of its whole node."""
+    serves = """# HELP ray_serve_num_ongoing Number of requests.
+# TYPE ray_serve_num_ongoing gauge
+ray_serve_num_ongoing{deployment="a",replica="r}1"} 1.0
+ray_serve_num_ongoing{deployment="b",replica="r2"} %d
+"""
+    page = merged([({"model": "a"}, PAGE % ("a", 1) + serves % 2), ({"model": "b"}, PAGE % ("b", 2) + serves % 3)])
+    families = {family.name: family.samples for family in text_string_to_metric_families(page)}
+    assert [(s.labels, s.value) for s in families["ray_serve_num_ongoing"]] == [
+        ({"deployment": "a", "replica": "r}1"}, 1.0),
+        ({"deployment": "b", "replica": "r2"}, 2.0),
+    ]
+    assert len(families["vllm:num_requests_running"]) == 2

@@ -179,10 +179,20 @@ def test_health_and_ready_are_open_also_below_a_route_prefix(run: Run) -> None:
         assert (answer.status, answer.headers["x-path"]) == (200, f"{root}/health")
 
 
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+def test_health_is_open_for_reading_only(run: Run, method: str) -> None:
+    app = behind(echo, keys=KEYS)
+    for path in ("/health", "/ready"):
+        assert run(ask(app, path, method=method)).status == 401
+        assert run(ask(app, path, method="HEAD")).status == 200
+
+
 def test_only_a_cors_preflight_passes_without_key(run: Run) -> None:
     app = behind(echo, keys=KEYS)
-    asked = {"access_control_request_method": "POST"}
+    asked = {"access_control_request_method": "POST", "origin": "https://page.example"}
     assert run(ask(app, method="OPTIONS", **asked)).status == 200
+    for name in asked:  # half of one is answered by a route
+        assert run(ask(app, "/metrics", method="OPTIONS", **{name: asked[name]})).status == 401
     assert run(ask(app, method="OPTIONS")).status == 401
     assert run(ask(app, method="GET", **asked)).status == 401
 

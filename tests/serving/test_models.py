@@ -1,5 +1,6 @@
 """Several models in one configuration: names, defaults, and when a gateway is needed."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ def test_keys_beside_the_list_are_defaults_of_its_entries() -> None:
     first, second = models_of(args({"model": "a"}, own, **shared))
     assert (first.kv_cache_gib, first.engine) == (2, {"seed": 1, "stream_interval": 4})
     assert (second.kv_cache_gib, second.engine) == (3, {"seed": 2, "stream_interval": 4})
+
+
+def test_an_entrys_own_adapters_replace_the_shared_ones() -> None:
+    first, second = models_of(args({"model": "a", "adapter": "/x"}, {"model": "b"}, adapters="/all"))
+    assert (first.adapter, first.adapters) == ("/x", None)
+    assert (second.adapter, second.adapters) == (None, "/all")
+
+
+def test_an_entry_that_does_not_fit_to_its_defaults_is_named() -> None:
+    entries = [{"model": "a"}, {"model": "b", "tool_parser": "hermes"}]
+    with pytest.raises(ConfigError, match=r"models.1: .*tool_parser excludes engine.tool_call_parser"):
+        models_of(args(*entries, engine={"tool_call_parser": "llama3_json"}))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +140,26 @@ def test_a_version_follows_from_settings_and_files(tmp_path: Path) -> None:
     assert fingerprint(ServeArgs(model=str(folder), max_model_len=64)) != first
     weights.write_bytes(b"22")
     assert fingerprint(ServeArgs(model=str(folder))) != first
+
+
+def test_the_files_of_a_drafter_and_of_a_template_count(served_model_dir: Path, tmp_path: Path) -> None:
+    draft = Path(shutil.copytree(served_model_dir, tmp_path / "draft"))
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    model = ServeArgs.model_validate(
+        {
+            "model": str(served_model_dir),
+            "speculation": {"method": "draft_model", "model": str(draft)},
+            "engine": {"chat_template": str(template)},
+        }
+    )
+    first = fingerprint(model)
+    assert fingerprint(model) == first
+    (draft / "more.json").write_text("{}")
+    second = fingerprint(model)
+    template.write_text("{{ messages[0] }}")
+    assert len({first, second, fingerprint(model)}) == 3
+    fingerprint(ServeArgs(model="m", engine={"chat_template": "{{ messages }}" * 1000}))  # a template, not a file
 
 
 def test_the_shipped_yaml_of_two_models_is_valid() -> None:

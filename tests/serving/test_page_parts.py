@@ -307,3 +307,16 @@ def test_a_server_has_no_page_unless_asked(tmp_path: Path) -> None:
     assert load_config(ServeConfig, {"model": "m"}, ["chat_page=true"]).chat_page is True
     with pytest.raises(ConfigError, match="base_url"):
         load_config(ChatPageArgs, {"base_url": "file:///etc/passwd"}, [])
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\nb"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
+    async def ask() -> None:
+        client = ServerClient("http://127.0.0.1:9")
+        try:
+            await client.models(key)
+        finally:
+            await client.close()
+
+    with pytest.raises(RequestFailed, match="The API key holds a character"):
+        asyncio.run(ask())

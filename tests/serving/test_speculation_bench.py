@@ -8,9 +8,19 @@ import httpx
 import pytest
 
 import raylm
+from raylm.config.serving import ServeConfig
 from raylm.errors import ConfigError, DataError
 from raylm.inference.acceptance import Acceptance
-from raylm.serving.speculation_bench import BenchResult, BenchRow, as_json, edit_tasks, read_tasks, table_lines, take
+from raylm.serving.speculation_bench import (
+    BenchResult,
+    BenchRow,
+    as_json,
+    closed_to_others,
+    edit_tasks,
+    read_tasks,
+    table_lines,
+    take,
+)
 
 
 def test_edit_tasks_differ_and_are_the_same_each_time() -> None:
@@ -101,3 +111,19 @@ def test_both_servers_are_measured_and_what_is_refused_is_said(ray_cluster: Any,
         metrics = httpx.get(f"{server.url}/metrics", trust_env=False).text
         assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in metrics
         assert measure_load(server.url, server.model, tasks, concurrency=2, max_tokens=8).tokens > 0
+
+
+def test_a_bench_leaves_the_door_and_the_page_out() -> None:
+    config = ServeConfig.model_validate(
+        {
+            "model": "m",
+            "num_replicas": 2,
+            "max_model_len": 64,
+            "api_key_file": "key",
+            "chat_page": True,
+            "limits": {"requests_per_minute": 1},
+            "tls_cert_file": "c",
+            "tls_key_file": "k",
+        }
+    )
+    assert closed_to_others(config) == ServeConfig(model="m", max_model_len=64)

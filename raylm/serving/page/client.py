@@ -86,6 +86,8 @@ class ServerClient:
         """A response with status 200. Everything else is a RequestFailed."""
         import httpx
 
+        if not (key.isascii() and key.isprintable()):
+            raise RequestFailed("The API key holds a character that no key has. Enter it again in the settings.")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         try:
             async with self._http.stream(method, self._url + path, headers=headers, **options) as response:

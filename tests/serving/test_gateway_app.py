@@ -1,0 +1,223 @@
+"""The gateway's app without Ray: small apps in place of the engines, and a server that behaves as uvicorn does."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from raylm.config.limits import LimitsSection
+from raylm.serving.api_key import ApiKey, digest
+from raylm.serving.gateway import GatewayApp, Route
+from raylm.serving.guard import GuardSettings, guarded
+from raylm.serving.relay import messages_of
+from raylm.serving.usage import Metered, watch
+from tests.serving.test_usage import Engine
+
+KEY = ApiKey("alice", digest("al1ce"), tokens_per_minute=1000)
+
+
+class Handle:
+    """As Serve's handle of `EngineReplica`, in this process."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    def options(self, **_: Any) -> "Handle":
+        return self
+
+    @property
+    def handle(self) -> "Handle":
+        return self
+
+    def remote(self, request: Any) -> "Answers":
+        return Answers(messages_of(self._app, request))
+
+    def broadcast(self, _method: str, request: Any) -> "Handle":
+        return Handle(self._bound(request))
+
+    def _bound(self, request: Any) -> Any:
+        return self._app, request
+
+    async def results_async(self, **_: Any) -> list[tuple[int, bytes]]:
+        app, request = self._app
+        messages = [message async for batch in messages_of(app, request) for message in batch]
+        return [(messages[0]["status"], b"".join(message.get("body", b"") for message in messages))]
+
+
+class Answers:
+    """What a call with `stream=True` gives: after `cancel` nothing more comes."""
+
+    def __init__(self, messages: AsyncIterator[Any]) -> None:
+        self._messages = messages
+        self.closing: asyncio.Task[None] | None = None
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._messages
+
+    def cancel(self) -> None:
+        self.closing = asyncio.ensure_future(self._messages.aclose())  # type: ignore[attr-defined]
+
+
+def gateway(*engines: tuple[str, Any]) -> GatewayApp:
+    return GatewayApp([(Route(f"engine-{name}", (name,), False, False), Handle(app)) for name, app in engines])
+
+
+class Visit:
+    """One request as uvicorn has it: once the response is complete, `receive` says that the client has gone."""
+
+    def __init__(self, path: str, body: bytes = b"", *, method: str = "POST", key: str = "al1ce") -> None:
+        headers = [(b"authorization", f"Bearer {key}".encode()), (b"content-length", str(len(body)).encode())]
+        self.scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
+        self.sent: list[Any] = []
+        self.reads = 0
+        self.over = asyncio.Event()
+        self._body = body
+
+    async def receive(self) -> Any:
+        self.reads += 1
+        if self.reads == 1:
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self.over.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.over.set()
+
+    async def made_of(self, app: Any) -> "Visit":
+        await asyncio.wait_for(app(self.scope, self.receive, self.send), 20)
+        return self
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+    def header(self, name: bytes) -> str:
+        return dict(self.sent[0]["headers"])[name].decode()
+
+
+def named(name: str, *adapters: str) -> Any:
+    """An engine that answers with its name, and lists adapters as ours do."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        cards = [{"id": name, "root": "/models/other", "parent": None}]
+        cards += [{"id": f"{name}:{adapter}", "root": adapter, "parent": name} for adapter in adapters]
+        body = json.dumps({"data": cards} if scope["path"] == "/v1/models" else {"by": name}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("asked", "engine"),
+    [
+        ("a", "a"),
+        ("a:polite", "a"),
+        ("org/m:1.5", "org/m:1.5"),
+        ("org/m:1.5:rude", "org/m:1.5"),
+        ("org/m:x", "org/m"),
+        ("rude", "org/m:1.5"),
+        ("polite", "a"),
+        ("/models/other", None),
+        ("b", None),
+    ],
+)
+def test_a_name_leads_to_an_engine(asked: str, engine: str | None) -> None:
+    app = gateway(("a", named("a", "polite")), ("org/m", named("org/m")), ("org/m:1.5", named("org/m:1.5", "rude")))
+
+    async def steps() -> Visit:
+        return await Visit("/v1/completions", json.dumps({"model": asked}).encode()).made_of(app)
+
+    answer = asyncio.run(steps())
+    if engine is None:
+        assert answer.sent[0]["status"] == 404
+    else:
+        assert json.loads(answer.body) == {"by": engine}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_no_body_is_held_for_a_route_that_is_open_to_all(method: str) -> None:
+    """A client that never stops sending, and has no key."""
+
+    async def steps() -> None:
+        visit = Visit("/ready", method=method, key="none")
+
+        async def endless() -> Any:
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": b"x" * 2**16, "more_body": True}
+
+        visit.receive = endless  # type: ignore[method-assign]
+        app = guarded(gateway(("a", named("a"))), GuardSettings((KEY,), access_log=False))
+        await visit.made_of(app)
+        assert visit.sent[0]["status"] == 200
+
+    asyncio.run(steps())
+
+
+@pytest.fixture
+def engine(tokenizer: Any) -> Engine:
+    engine = Engine(tokenizer)
+    watch(engine)
+    return engine
+
+
+async def left_tokens(app: Any) -> int:
+    """What the key may still spend, as a further answer says it."""
+    visit = await Visit("/v1/completions", b'{"model": "a", "nothing": 1}').made_of(app)
+    return int(visit.header(b"x-ratelimit-remaining-tokens"))
+
+
+def streaming(engine: Engine, *, ends: bool) -> Any:
+    """As vLLM streams: prompts of 3 tokens, two pieces of 2 tokens, and at the end one token without text."""
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        nothing = b"nothing" in (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if nothing:
+            await send({"type": "http.response.body", "body": b""})
+            return
+        engine.add("a")
+        for _ in range(2):
+            engine.generate("a", 2)
+            await send({"type": "http.response.body", "body": b"data", "more_body": True})
+            await asyncio.sleep(0.01)
+        if not ends:
+            await asyncio.Event().wait()
+        await send({"type": "http.response.body", "body": b""})
+        await asyncio.sleep(0.05)  # over a network the rest comes later than the end of the response
+        engine.generate("a", 1, last=True)
+
+    return Metered(app, engine, along=True)
+
+
+def behind_a_door(engine: Engine, *, ends: bool, **limits: Any) -> Any:
+    settings = GuardSettings((KEY,), LimitsSection(**limits), access_log=False)
+    return guarded(gateway(("a", streaming(engine, ends=ends))), settings, clock=lambda: 0.0)
+
+
+def test_a_stream_that_ends_is_booked_to_the_last_token(engine: Engine) -> None:
+    async def steps() -> int:
+        app = behind_a_door(engine, ends=True)
+        visit = await Visit("/v1/completions", b'{"model": "a"}').made_of(app)
+        assert visit.body == b"datadata"
+        assert [message["type"] for message in visit.sent] == ["http.response.start", *["http.response.body"] * 3]
+        return await left_tokens(app)
+
+    assert asyncio.run(steps()) == 1000 - 3 - 5
+
+
+@pytest.mark.parametrize("how", ["left", "late"])
+def test_a_stream_that_breaks_off_is_booked_as_far_as_it_came(engine: Engine, how: str) -> None:
+    async def steps() -> int:
+        app = behind_a_door(engine, ends=False, request_timeout_s=0.3 if how == "late" else 60)
+        visit = Visit("/v1/completions", b'{"model": "a"}')
+        if how == "left":
+            asyncio.get_running_loop().call_later(0.2, visit.over.set)
+        await visit.made_of(app)
+        return await left_tokens(app)
+
+    assert asyncio.run(steps()) == 1000 - 3 - 4
