@@ -136,7 +136,7 @@ class AdapterPool:
             entry = self._entries.setdefault(name, _Entry())
         if force or not _is_fresh(entry, asked):
             async with entry.lock:
-                if entry.refreshing is not None:  # for a request that was cancelled meanwhile: its copy is kept
+                if entry.refreshing is not None and not entry.refreshing.done():  # a cancelled request began it
                     await asyncio.wait((entry.refreshing,))
                 if force or not _is_fresh(entry, asked):
                     entry.refreshing = asyncio.create_task(self._refresh(name, entry, force=force))
