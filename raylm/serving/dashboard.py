@@ -32,6 +32,11 @@ def _quantiles(histogram: str) -> dict[str, str]:
     }
 
 
+def _by_adapter(histogram: str) -> dict[str, str]:
+    rate = f"rate({histogram}_bucket{{{OF}}}[{RATE}])"
+    return {f"histogram_quantile(0.95, sum by (le, adapter) ({rate}))": "{{adapter}}"}
+
+
 def _rate(counter: str, *, by: str = "", of: str = OF) -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({counter}{{{of}}}[{RATE}]))"
 
@@ -179,7 +184,33 @@ PANELS = (
             )
         },
         needs="adapters",
-        about="vLLM counts no tokens or latencies by adapter.",
+    ),
+    Panel(
+        section="Adapters",
+        title="Requests by adapter",
+        unit="reqps",
+        queries={_rate("raylm_adapter_requests_total", by="adapter"): "{{adapter}}"},
+        about="Counted when a request ends. Without a name: the model itself.",
+    ),
+    Panel(
+        section="Adapters",
+        title="Tokens by adapter",
+        unit="short",
+        queries={_rate("raylm_adapter_tokens_total", by="adapter, kind"): "{{adapter}} {{kind}}"},
+        about="Tokens per second.",
+    ),
+    Panel(
+        section="Adapters",
+        title="Time to first token by adapter, p95",
+        unit="s",
+        queries=_by_adapter("raylm_adapter_time_to_first_token_seconds"),
+    ),
+    Panel(
+        section="Adapters",
+        title="Between tokens by adapter, p95",
+        unit="s",
+        queries=_by_adapter("raylm_adapter_time_per_output_token_seconds"),
+        about="Of the mean of each answer.",
     ),
     Panel(
         section="Start",

@@ -44,10 +44,10 @@ class Phases:
 class OneMetricsPage:
     """ASGI middleware that adds to what the application answers at /metrics. Everything else passes untouched.
 
-    own: text in Prometheus' format, without label `replica`. serve_metrics: gives Serve's page, and may block.
+    own: gives text in Prometheus' format, without label `replica`. serve_metrics: gives Serve's page, and may block.
     """
 
-    def __init__(self, app: App, replica: str, own: str, serve_metrics: Callable[[], str]) -> None:
+    def __init__(self, app: App, replica: str, own: Callable[[], str], serve_metrics: Callable[[], str]) -> None:
         self._app, self._replica, self._own, self._serve_metrics = app, replica, own, serve_metrics
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -63,7 +63,7 @@ class OneMetricsPage:
         start, body = messages[0], b"".join(message.get("body", b"") for message in messages[1:])
         if start["status"] == 200:
             serves = await asyncio.to_thread(self._serve_metrics)
-            text = labelled(body.decode() + self._own, "replica", self._replica)
+            text = labelled(body.decode() + self._own(), "replica", self._replica)
             body = (text + serves).encode()
             headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
             start = {**start, "headers": [*headers, (b"content-length", str(len(body)).encode())]}

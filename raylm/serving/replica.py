@@ -23,6 +23,7 @@ from raylm.serving.asked_name import answer_as_asked, each_request_anew
 from raylm.serving.engine_args import command_line, model_name
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.metrics import OneMetricsPage, Phases, ServePage, own_metrics, replica_id
+from raylm.serving.model_counts import ModelCounts
 from raylm.serving.usage import Metered, watch
 
 _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
@@ -79,8 +80,9 @@ class Replica:
         # `add_middleware` comes too late: vLLM's build_app has assembled the stack already.
         stack: Any = app.middleware_stack or app.build_middleware_stack()
         own = own_metrics(model_name(self._args), self._args.model, self._phases.seconds)
-        page = OneMetricsPage(each_request_anew(stack), replica_id(), own, ServePage())
-        app.middleware_stack = Metered(page, self._engine, along=self._guard is None)
+        counts = ModelCounts(model_name(self._args))
+        page = OneMetricsPage(each_request_anew(stack), replica_id(), lambda: own + counts.page(), ServePage())
+        app.middleware_stack = Metered(page, self._engine, along=self._guard is None, counts=counts)
         if self._guard is not None:
             if self._guard.access_log:
                 write_beside_the_replica_log()

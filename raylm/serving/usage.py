@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from raylm.serving.asgi import App, Message, Receive, Send
+from raylm.serving.model_counts import ModelCounts
 
 USAGE = "raylm.usage"
 
@@ -61,11 +62,11 @@ class Metered:
     they are cancelled while they wait for a whole answer, leave it to be generated.
 
     along: say before each piece of a response too what has come since, for a listener who may not hear the end: over a
-    handle, what a cancelled call still sends is lost.
+    handle, what a cancelled call still sends is lost. counts: told of each engine request when its response is over.
     """
 
-    def __init__(self, app: App, engine: Any, *, along: bool = False) -> None:
-        self._app, self._engine, self._along = app, engine, along
+    def __init__(self, app: App, engine: Any, *, along: bool = False, counts: ModelCounts | None = None) -> None:
+        self._app, self._engine, self._along, self._counts = app, engine, along, counts
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -95,6 +96,8 @@ class Metered:
             raise
         finally:
             _CURRENT.reset(token)
+            if self._counts is not None:
+                self._counts.add(current.states)
             await say()
 
     async def _abort(self, requests: EngineRequests) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from raylm.config import GenerateConfig
 from raylm.errors import ServingError
@@ -301,8 +303,27 @@ def test_the_terminal_talks_to_an_adapter(server: Running) -> None:
 
 
 def test_metrics_tell_adapters_apart(server: Running) -> None:
-    ask(server, "two")
+    """Requests and tokens by adapter, and those of the model itself; vLLM's own are of all."""
+
+    def counted() -> dict[tuple[str, str], float]:
+        return {
+            (sample.labels["adapter"], sample.labels.get("kind", sample.name)): sample.value
+            for family in text_string_to_metric_families(server.get("/metrics").text)
+            for sample in family.samples
+            if sample.name.startswith("raylm_adapter_") and sample.name.endswith(("_total", "_count"))
+        }
+
+    before = Counter(counted())
+    for model in ("two", f"{BASE}:two", BASE):
+        ask(server, model)
+    grown = Counter(counted()) - before
     assert "lora_requests_info" in server.get("/metrics").text
+    requests = {adapter: count for (adapter, kind), count in grown.items() if kind == "raylm_adapter_requests_total"}
+    assert requests == {"two": 2, "": 1}
+    for latency in ("time_to_first_token", "time_per_output_token"):
+        assert grown["two", f"raylm_adapter_{latency}_seconds_count"] == 2
+    assert grown["two", "generated"] == 2 * grown["", "generated"] > 0
+    assert grown["two", "prompt"] == 2 * grown["", "prompt"] > 0
 
 
 # ---- with more than one replica, object storage, one adapter

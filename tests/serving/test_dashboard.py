@@ -53,7 +53,7 @@ def test_a_preflight_does_not_get_the_figures() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    page = OneMetricsPage(app, "r1", "raylm_own 1\n", lambda: "")
+    page = OneMetricsPage(app, "r1", lambda: "raylm_own 1\n", lambda: "")
     for method in ("OPTIONS", "GET"):
         asyncio.run(page({"type": "http", "method": method, "path": "/metrics"}, None, send))  # type: ignore[arg-type]
     assert sent[1]["body"] == b"OK"

@@ -5,13 +5,16 @@ tests/serving/test_endpoint.py compares with the usage that vLLM reports.
 
 import asyncio
 import copy
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
+from prometheus_client.parser import text_string_to_metric_families
 
 from raylm.config.limits import LimitsSection
 from raylm.serving.guard import GuardSettings, guarded
+from raylm.serving.model_counts import ModelCounts
 from raylm.serving.usage import Metered, watch
 
 
@@ -27,7 +30,7 @@ class Engine:
     async def abort(self, ids: list[str], *, internal: bool) -> None:
         self.aborted += self.output_processor.abort_requests(ids, internal)
 
-    def add(self, name: str, *, n: int = 1) -> Any:
+    def add(self, name: str, *, n: int = 1, lora: Any = None) -> Any:
         """As AsyncLLM adds a request: one of n answers is a child of its own. Returns the queue of its outputs."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -43,7 +46,7 @@ class Engine:
             sampling_params=SamplingParams(max_tokens=20, n=n, output_kind=kind),
             pooling_params=None,
             arrival_time=0.0,
-            lora_request=None,
+            lora_request=lora,
             cache_salt=None,
             data_parallel_rank=None,
             external_req_id=f"client's {name}",
@@ -197,6 +200,45 @@ def test_requests_beside_each_other_are_counted_apart(engine: Engine) -> None:
         return await asyncio.gather(*(one(number) for number in range(1, 20)))
 
     assert asyncio.run(test()) == list(range(1, 20))
+
+
+def test_adapters_are_counted_apart(engine: Engine) -> None:
+    """One of several answers, one that was left early, and an adapter's; a page without engine requests changes
+    nothing."""
+    from vllm.lora.request import LoRARequest
+
+    counts = ModelCounts("base")
+
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        if scope["name"] == "n":
+            engine.add("n", n=2)
+            engine.generate("0_n", 3, last=True)
+            engine.generate("1_n", 2, last=True)
+        elif scope["name"] == "adapter":
+            engine.add("a", lora=LoRARequest("law@2024@abc", 7, "/nowhere"))
+            engine.generate("a", 4)
+            raise asyncio.CancelledError
+
+    async def nowhere(_message: Any) -> None:
+        pass
+
+    for name in ("n", "adapter", "nothing"):
+        with suppress(asyncio.CancelledError):
+            asyncio.run(Metered(app, engine, counts=counts)({"type": "http", "name": name}, None, nowhere))  # type: ignore[arg-type]
+    found = {
+        (sample.labels["adapter"], sample.labels.get("kind", "requests")): sample.value
+        for family in text_string_to_metric_families(counts.page())
+        for sample in family.samples
+        if sample.name in ("raylm_adapter_requests_total", "raylm_adapter_tokens_total")
+    }
+    assert found == {
+        ("", "requests"): 2,
+        ("", "prompt"): 3,
+        ("", "generated"): 5,
+        ("law@2024", "requests"): 1,
+        ("law@2024", "prompt"): 3,
+        ("law@2024", "generated"): 4,
+    }
 
 
 def test_what_has_no_tokens_says_nothing(engine: Engine) -> None:
