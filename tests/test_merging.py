@@ -57,11 +57,12 @@ def test_the_merged_model_is_the_live_one_whatever_rows_the_base_has(tmp_path: P
     assert new_rows(merged.config) == range(last - 2, last + 1)
 
 
-def test_an_adapter_that_saved_whole_matrices_merges_too(tmp_path: Path) -> None:
-    """A06, as other tools save it."""
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_that_saved_whole_matrices_merges_too(tmp_path: Path, tied: bool) -> None:
+    """A06, as other tools save it; A02: matrices that were one and were trained apart."""
     from peft import LoraConfig, get_peft_model
 
-    _adapter(tmp_path, tied=False)
+    _adapter(tmp_path, tied=tied)
     model = load_model(ModelSection(path=str(tmp_path / "extended")), torch.device("cpu"))
     live = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
@@ -75,6 +76,7 @@ def test_an_adapter_that_saved_whole_matrices_merges_too(tmp_path: Path) -> None
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     last = merged.config.vocab_size - 1
     torch.testing.assert_close(_logits(merged, last), _logits(live, last), rtol=1e-4, atol=1e-4)
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
 
 
 def test_rows_that_are_nowhere_are_named(tmp_path: Path) -> None:

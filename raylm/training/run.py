@@ -13,6 +13,7 @@ from raylm.config import TrainConfig
 from raylm.data.plan import RunPlan
 from raylm.data.remote import scheme_of, shown
 from raylm.errors import CheckpointError
+from raylm.optim.schedules import learning_rate_factor
 from raylm.ray_session import ray_session
 from raylm.training.before_start import check_before_start, with_absolute_paths
 from raylm.training.checkpoint import check_identity, newest_checkpoint, read_meta
@@ -131,9 +132,14 @@ def make_job(config: TrainConfig, run: RunDir, data: PreparedData, plan: RunPlan
     from raylm.training.job import WorkerJob
 
     summary = {**data.report.summary(), "files": list(data.store.file_names), "num_steps": plan.num_steps}
-    (run.path / "data.json").write_text(json.dumps(summary, indent=1))
+    told = run.path / "data.json"
+    former = json.loads(told.read_text()).get("num_steps") if told.is_file() else None
     identity = identity_of(config, data)
     start_from = _resume_point(config, run, identity)
+    told.write_text(json.dumps(summary, indent=1))
+    if start_from:
+        where = where_it_goes_on(config, read_meta(start_from).step, plan.num_steps, former)
+        logger.info("continuing from %s: %s", start_from, where)
     steps_per_epoch = tuple(plan.steps_in_epoch(epoch) for epoch in range(len(plan.epochs)))
     return WorkerJob(config, run, plan.num_steps, steps_per_epoch, identity, start_from)
 
@@ -194,5 +200,20 @@ def _resume_point(config: TrainConfig, run: RunDir, identity: dict[str, Any]) ->
         logger.warning("%s holds no checkpoint yet: starting from the base model", run.path)
         return None
     check_identity(newest, read_meta(newest), identity)
-    logger.info("continuing from %s", newest)
     return newest
+
+
+def where_it_goes_on(config: TrainConfig, step: int, num_steps: int, former: int | None) -> str:
+    """What comes after `step` steps of a resumed run: the next step and its learning rate, and what that would have
+    been where the run has another length than it was planned with, `former`."""
+    planned = f"{num_steps} steps" if former in (None, num_steps) else f"{num_steps} steps, formerly {former}"
+    if step >= num_steps:
+        return f"all of {planned} are done"
+
+    def rate(length: int) -> str:
+        return f"{config.optimizer.learning_rate * learning_rate_factor(config.schedule, step, length):.3g}"
+
+    line = f"step {step + 1} of {planned}, learning rate {rate(num_steps)}"
+    if former is not None and former != num_steps and rate(former) != rate(num_steps):
+        line += f" by the schedule of the new length ({rate(former)} by the former)"
+    return line

@@ -129,15 +129,17 @@ def test_a_killed_worker_restarts_and_ends_bit_for_bit_alike(settings: dict[str,
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_resuming_extends_a_run_and_refuses_another(settings: dict[str, Any]) -> None:
+def test_resuming_extends_a_run_and_refuses_another(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     first = raylm.train(settings, {"training.max_steps": 4, "training.method": "lora", "lora.rank": 4})
     assert first.adapter_dir is not None
     assert (Path(first.adapter_dir) / "adapter_model.safetensors").is_file()
     resume = {"training.method": "lora", "lora.rank": 4, "training.resume": "auto"}
     with pytest.raises(CheckpointError, match="was made with lora="):
         raylm.train(settings, {**resume, "lora.rank": 8})
-    again = raylm.train(settings, {**resume, "training.max_steps": 6})
+    with caplog.at_level("INFO", "raylm"):
+        again = raylm.train(settings, {**resume, "training.max_steps": 6})
     assert again.steps == 6
+    assert "step-00000004: step 5 of 6 steps, formerly 4, learning rate" in caplog.text
     older = {**resume, "training.resume": f"{first.run_dir}/checkpoints/step-00000004"}
     with pytest.raises(CheckpointError, match="holds its own checkpoints, the newest step-00000006"):
         raylm.train(settings, older)
