@@ -7,7 +7,6 @@ import pytest
 from raylm.training.run import where_it_goes_on
 from tests.training.support import make_config
 
-
 OTHER = "learning rate {} by the schedule of the new length ({} by the former)"
 
 
