@@ -7,6 +7,7 @@ from raylm.config import TrainConfig
 from raylm.config.data import SourceSection
 from raylm.config.deepspeed import deepspeed_config, read_deepspeed_json
 from raylm.data.remote import scheme_of
+from raylm.data.rows import check_first_rows
 from raylm.data.sources import list_files
 from raylm.data.store import TokenizerSource, row_tokenizer
 from raylm.training.checkpoint import read_meta
@@ -74,6 +75,9 @@ def check_before_start(config: TrainConfig) -> TokenizerSource:
     if resume not in (None, "auto") and not scheme_of(str(resume)):
         read_meta(Path(str(resume)).expanduser().resolve())
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
+    if config.data.on_bad_row == "error":
+        for own in files:
+            check_first_rows(own, config.data.role_map)
     check_optimizer(config.optimizer)
     check_optimizer_use(config)
     section = config.model

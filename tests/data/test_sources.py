@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from raylm.config.data import SourceSection
+from raylm.data.rows import check_first_rows
 from raylm.data.sources import list_files
 from raylm.errors import DataError
 
@@ -54,3 +55,17 @@ def test_a_dataset_saved_to_disk(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": datasets.Dataset.from_list([ROW])}).save_to_disk(tmp_path / "dict")
     with pytest.raises(DataError, match="holds several splits"):
         _files(tmp_path / "dict")
+
+
+def test_the_first_row_of_each_dataset_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "good.json").write_text(TEXT)
+    (tmp_path / "other.json").write_text(json.dumps({"name": "x", "questions": ["a"]}))
+    (tmp_path / "late.jsonl").write_text(json.dumps(ROW) + "\n{}\n")
+    (tmp_path / "empty.jsonl").write_text("")
+
+    def check(*names: str) -> None:
+        check_first_rows(list_files([SourceSection(path=str(tmp_path / name)) for name in names]), {})
+
+    check("good.json", "late.jsonl", "empty.jsonl")  # a later row is seen when all are read
+    with pytest.raises(DataError, match=r"other.json: instance 0 \(line 1\): has keys \(name, questions\) of no known"):
+        check("good.json", "other.json")
