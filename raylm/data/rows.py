@@ -50,8 +50,8 @@ def _rows_of(number: int, file: SourceFile, role_map: Mapping[str, str]) -> Iter
 
 
 def check_first_rows(files: Sequence[SourceFile], role_map: Mapping[str, str]) -> None:
-    """Looks at the first row of each dataset's first local file, so that data of no known form are found before anything
-    starts. Raises DataError."""
+    """Looks at the first row of each dataset's first local file: data of no known form are found before anything starts.
+    Raises DataError."""
     seen: set[int] = set()
     for number, file in enumerate(files):
         if file.source in seen or scheme_of(file.path):
