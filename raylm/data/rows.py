@@ -50,7 +50,7 @@ def _rows_of(number: int, file: SourceFile, role_map: Mapping[str, str]) -> Iter
 
 
 def check_first_rows(files: Sequence[SourceFile], role_map: Mapping[str, str]) -> None:
-    """Looks at the first row of each dataset's first local file: data of no known form are found before anything starts.
+    """Looks at the first row of each dataset's first local file, to find data of no known form before the start.
     Raises DataError."""
     seen: set[int] = set()
     for number, file in enumerate(files):
