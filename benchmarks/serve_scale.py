@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import random
-import socket
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 sys.path.insert(0, str(Path(__file__).parent))
-from serve_overhead import Load, measure, tiny_model
+from serve_overhead import Load, free_port, measure, tiny_model
 
 from raylm.config.load import load_config
 from raylm.config.serving import ServeConfig
@@ -159,13 +158,7 @@ def _median(figures: list[Any], name: str) -> float:
 
 def config_of(folder: str, **settings: Any) -> ServeConfig:
     common = {"model": folder, "name": "tiny", "dtype": "float32", "kv_cache_gib": 1, "max_model_len": 2048}
-    return load_config(ServeConfig, {**common, "port": _free_port(), **settings})
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return load_config(ServeConfig, {**common, "port": free_port(), **settings})
 
 
 def main() -> None:

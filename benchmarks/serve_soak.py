@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 import psutil
-from serve_overhead import _free_port, tiny_model
+from serve_overhead import free_port, tiny_model
 
 from raylm.config.serving import ServeConfig
 from raylm.serving import serve
@@ -125,7 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = tiny_model(Path(scratch) / "tiny")
-        config = ServeConfig(model=folder, name="tiny", port=_free_port(), dtype="float32", max_model_len=1024)
+        config = ServeConfig(model=folder, name="tiny", port=free_port(), dtype="float32", max_model_len=1024)
         with serve(config) as server:
             outcomes, samples = asyncio.run(soak(server.url, "tiny", options.minutes * 60))
     print(

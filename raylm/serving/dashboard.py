@@ -1,26 +1,27 @@
 """The Grafana dashboard of a server, made from a table: `raylm metrics dashboard > raylm.json`, then import the file.
 
-A panel is a row; tests/serving compares every name in it with the /metrics of a live server. `$rate` is the interval
-that Grafana chooses, `$of` the filter of the chosen models and replicas.
+A panel is a row; tests/serving compares every name in it with the /metrics of a live server. RATE is the interval that
+Grafana chooses, OF the filter of the chosen models and replicas.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-OF = 'model_name=~"$model", replica=~"$replica"'
+OF_REPLICA = 'replica=~"$replica"'
+OF = f'model_name=~"$model", {OF_REPLICA}'
 RATE = "$__rate_interval"
 _WIDTH, _HEIGHT, _COLUMNS = 8, 8, 24
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Panel:
     """A graph. queries: PromQL -> legend. needs: the server's setting without which the figures do not exist."""
 
     title: str
     unit: str
     queries: dict[str, str]
-    section: str
+    _: KW_ONLY
     needs: Literal["", "speculation", "adapters"] = ""
     about: str = ""
 
@@ -45,211 +46,160 @@ def _share(part: str, whole: str) -> str:
     return f"{_rate(part)} / {_rate(whole)}"
 
 
-PANELS = (
-    Panel(
-        section="Requests",
-        title="Requests finished",
-        unit="reqps",
-        queries={_rate("vllm:request_success_total", by="finished_reason"): "{{finished_reason}}"},
-        about="abort: the client went away.",
+SECTIONS: dict[str, tuple[Panel, ...]] = {
+    "Requests": (
+        Panel(
+            "Requests finished",
+            "reqps",
+            {_rate("vllm:request_success_total", by="finished_reason"): "{{finished_reason}}"},
+            about="abort: the client went away.",
+        ),
+        Panel("Answers by status", "reqps", {_rate("http_requests_total", by="status", of=OF_REPLICA): "{{status}}"}),
+        Panel("Answers by route", "reqps", {_rate("http_requests_total", by="handler", of=OF_REPLICA): "{{handler}}"}),
+        Panel(
+            "Running and waiting",
+            "short",
+            {
+                f"sum (vllm:num_requests_running{{{OF}}})": "running",
+                f"sum (vllm:num_requests_waiting{{{OF}}})": "waiting",
+            },
+        ),
+        Panel("Requests by model", "reqps", {_rate("vllm:request_success_total", by="model_name"): "{{model_name}}"}),
+        Panel("Whole request", "s", _quantiles("vllm:e2e_request_latency_seconds")),
     ),
-    Panel(
-        section="Requests",
-        title="Answers by status",
-        unit="reqps",
-        queries={_rate("http_requests_total", by="status", of='replica=~"$replica"'): "{{status}}"},
+    "Latency": (
+        Panel("Time to first token", "s", _quantiles("vllm:time_to_first_token_seconds")),
+        Panel("Between tokens", "s", _quantiles("vllm:inter_token_latency_seconds")),
+        Panel("In the engine's queue", "s", _quantiles("vllm:request_queue_time_seconds")),
     ),
-    Panel(
-        section="Requests",
-        title="Answers by route",
-        unit="reqps",
-        queries={_rate("http_requests_total", by="handler", of='replica=~"$replica"'): "{{handler}}"},
+    "Engine": (
+        Panel(
+            "Tokens",
+            "short",
+            {_rate("vllm:prompt_tokens_total"): "prompt", _rate("vllm:generation_tokens_total"): "generated"},
+            about="Tokens per second.",
+        ),
+        Panel(
+            "Key-value cache in use",
+            "percentunit",
+            {f"max by (replica) (vllm:kv_cache_usage_perc{{{OF}}})": "{{replica}}"},
+        ),
+        Panel(
+            "Prefix cache hits",
+            "percentunit",
+            {_share("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"): "share of prompt tokens"},
+        ),
+        Panel(
+            "Preemptions",
+            "short",
+            {_rate("vllm:num_preemptions_total"): "per second"},
+            about="Above 0 the key-value cache is too small for the load.",
+        ),
+        Panel("Tokens per engine step", "short", _quantiles("vllm:iteration_tokens_total")),
+        Panel(
+            "Memory of the replica's process",
+            "bytes",
+            {f"max by (replica) (process_resident_memory_bytes{{{OF_REPLICA}}})": "{{replica}}"},
+            about="The engine is a process of its own, which is not in this figure.",
+        ),
     ),
-    Panel(
-        section="Requests",
-        title="Running and waiting",
-        unit="short",
-        queries={
-            f"sum (vllm:num_requests_running{{{OF}}})": "running",
-            f"sum (vllm:num_requests_waiting{{{OF}}})": "waiting",
-        },
+    "Speculative decoding": (
+        Panel(
+            "Acceptance rate",
+            "percentunit",
+            {
+                _share(
+                    "vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_draft_tokens_total"
+                ): "of drafts"
+            },
+            needs="speculation",
+        ),
+        Panel(
+            "Tokens per engine step of a request",
+            "short",
+            {
+                f"1 + {_share('vllm:spec_decode_num_accepted_tokens_total', 'vllm:spec_decode_num_drafts_total')}": (
+                    "mean"
+                )
+            },
+            needs="speculation",
+        ),
+        Panel(
+            "Accepted by position",
+            "percentunit",
+            {
+                f"{_rate('vllm:spec_decode_num_accepted_tokens_per_pos_total', by='position')} / on () group_left () "
+                f"{_rate('vllm:spec_decode_num_drafts_total')}": "{{position}}"
+            },
+            needs="speculation",
+        ),
     ),
-    Panel(
-        section="Requests",
-        title="Requests by model",
-        unit="reqps",
-        queries={_rate("vllm:request_success_total", by="model_name"): "{{model_name}}"},
+    "Adapters": (
+        Panel(
+            "Adapters at work",
+            "short",
+            {
+                f"count by (running_lora_adapters) (vllm:lora_requests_info{{{OF_REPLICA}}})": (
+                    "{{running_lora_adapters}}"
+                )
+            },
+            needs="adapters",
+        ),
+        Panel(
+            "Requests by adapter",
+            "reqps",
+            {_rate("raylm_adapter_requests_total", by="adapter"): "{{adapter}}"},
+            about="Counted when a request ends. Without a name: the model itself.",
+        ),
+        Panel(
+            "Tokens by adapter",
+            "short",
+            {_rate("raylm_adapter_tokens_total", by="adapter, kind"): "{{adapter}} {{kind}}"},
+            about="Tokens per second.",
+        ),
+        Panel("Time to first token by adapter, p95", "s", _by_adapter("raylm_adapter_time_to_first_token_seconds")),
+        Panel(
+            "Between tokens by adapter, p95",
+            "s",
+            _by_adapter("raylm_adapter_time_per_output_token_seconds"),
+            about="Of the mean of each answer.",
+        ),
     ),
-    Panel(
-        section="Requests",
-        title="Whole request",
-        unit="s",
-        queries=_quantiles("vllm:e2e_request_latency_seconds"),
+    "Start": (
+        Panel(
+            "Seconds of the start",
+            "s",
+            {f"max by (replica, phase) (raylm_startup_seconds{{{OF_REPLICA}}})": "{{phase}} {{replica}}"},
+        ),
+        Panel(
+            "Models and versions",
+            "short",
+            {
+                "count by (model_name, path) (raylm_model_info)": "{{model_name}}: {{path}}",
+                "count by (raylm, vllm, ray, torch) (raylm_build_info)": "raylm {{raylm}}, vLLM {{vllm}}, Ray {{ray}}",
+            },
+        ),
+        Panel(
+            "Replicas that are healthy",
+            "short",
+            {"sum by (application, deployment) (ray_serve_deployment_replica_healthy)": "{{application}}"},
+        ),
     ),
-    Panel(
-        section="Latency",
-        title="Time to first token",
-        unit="s",
-        queries=_quantiles("vllm:time_to_first_token_seconds"),
-    ),
-    Panel(
-        section="Latency",
-        title="Between tokens",
-        unit="s",
-        queries=_quantiles("vllm:inter_token_latency_seconds"),
-    ),
-    Panel(
-        section="Latency",
-        title="In the engine's queue",
-        unit="s",
-        queries=_quantiles("vllm:request_queue_time_seconds"),
-    ),
-    Panel(
-        section="Engine",
-        title="Tokens",
-        unit="short",
-        queries={
-            _rate("vllm:prompt_tokens_total"): "prompt",
-            _rate("vllm:generation_tokens_total"): "generated",
-        },
-        about="Tokens per second.",
-    ),
-    Panel(
-        section="Engine",
-        title="Key-value cache in use",
-        unit="percentunit",
-        queries={f"max by (replica) (vllm:kv_cache_usage_perc{{{OF}}})": "{{replica}}"},
-    ),
-    Panel(
-        section="Engine",
-        title="Prefix cache hits",
-        unit="percentunit",
-        queries={_share("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"): "share of prompt tokens"},
-    ),
-    Panel(
-        section="Engine",
-        title="Preemptions",
-        unit="short",
-        queries={_rate("vllm:num_preemptions_total"): "per second"},
-        about="Above 0 the key-value cache is too small for the load.",
-    ),
-    Panel(
-        section="Engine",
-        title="Tokens per engine step",
-        unit="short",
-        queries=_quantiles("vllm:iteration_tokens_total"),
-    ),
-    Panel(
-        section="Engine",
-        title="Memory of the replica's process",
-        unit="bytes",
-        queries={'max by (replica) (process_resident_memory_bytes{replica=~"$replica"})': "{{replica}}"},
-        about="The engine is a process of its own, which is not in this figure.",
-    ),
-    Panel(
-        section="Speculative decoding",
-        title="Acceptance rate",
-        unit="percentunit",
-        queries={
-            _share("vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_draft_tokens_total"): "of drafts"
-        },
-        needs="speculation",
-    ),
-    Panel(
-        section="Speculative decoding",
-        title="Tokens per engine step of a request",
-        unit="short",
-        queries={
-            f"1 + {_share('vllm:spec_decode_num_accepted_tokens_total', 'vllm:spec_decode_num_drafts_total')}": "mean"
-        },
-        needs="speculation",
-    ),
-    Panel(
-        section="Speculative decoding",
-        title="Accepted by position",
-        unit="percentunit",
-        queries={
-            f"{_rate('vllm:spec_decode_num_accepted_tokens_per_pos_total', by='position')} / on () group_left () "
-            f"{_rate('vllm:spec_decode_num_drafts_total')}": "{{position}}"
-        },
-        needs="speculation",
-    ),
-    Panel(
-        section="Adapters",
-        title="Adapters at work",
-        unit="short",
-        queries={
-            'count by (running_lora_adapters) (vllm:lora_requests_info{replica=~"$replica"})': (
-                "{{running_lora_adapters}}"
-            )
-        },
-        needs="adapters",
-    ),
-    Panel(
-        section="Adapters",
-        title="Requests by adapter",
-        unit="reqps",
-        queries={_rate("raylm_adapter_requests_total", by="adapter"): "{{adapter}}"},
-        about="Counted when a request ends. Without a name: the model itself.",
-    ),
-    Panel(
-        section="Adapters",
-        title="Tokens by adapter",
-        unit="short",
-        queries={_rate("raylm_adapter_tokens_total", by="adapter, kind"): "{{adapter}} {{kind}}"},
-        about="Tokens per second.",
-    ),
-    Panel(
-        section="Adapters",
-        title="Time to first token by adapter, p95",
-        unit="s",
-        queries=_by_adapter("raylm_adapter_time_to_first_token_seconds"),
-    ),
-    Panel(
-        section="Adapters",
-        title="Between tokens by adapter, p95",
-        unit="s",
-        queries=_by_adapter("raylm_adapter_time_per_output_token_seconds"),
-        about="Of the mean of each answer.",
-    ),
-    Panel(
-        section="Start",
-        title="Seconds of the start",
-        unit="s",
-        queries={'max by (replica, phase) (raylm_startup_seconds{replica=~"$replica"})': "{{phase}} {{replica}}"},
-    ),
-    Panel(
-        section="Start",
-        title="Models and versions",
-        unit="short",
-        queries={
-            "count by (model_name, path) (raylm_model_info)": "{{model_name}}: {{path}}",
-            "count by (raylm, vllm, ray, torch) (raylm_build_info)": "raylm {{raylm}}, vLLM {{vllm}}, Ray {{ray}}",
-        },
-    ),
-    Panel(
-        section="Start",
-        title="Replicas that are healthy",
-        unit="short",
-        queries={"sum by (application, deployment) (ray_serve_deployment_replica_healthy)": "{{application}}"},
-    ),
-)
+}
+PANELS = tuple(panel for section in SECTIONS.values() for panel in section)
 
 
 def dashboard() -> dict[str, Any]:
     """What Grafana 10 and later imports; the data source is asked for there."""
     panels: list[dict[str, Any]] = []
-    x = y = 0
-    section = ""
-    for panel in PANELS:
-        if panel.section != section:
-            y, x, section = y + (_HEIGHT if panels else 0), 0, panel.section
-            panels.append({"type": "row", "title": section, "gridPos": {"x": 0, "y": y, "w": _COLUMNS, "h": 1}})
-            y += 1
-        elif x == _COLUMNS:
-            x, y = 0, y + _HEIGHT
-        panels.append(_graph(panel, x, y))
-        x += _WIDTH
+    y = 0
+    for title, section in SECTIONS.items():
+        panels.append({"type": "row", "title": title, "gridPos": {"x": 0, "y": y, "w": _COLUMNS, "h": 1}})
+        y += 1
+        for start in range(0, len(section), _COLUMNS // _WIDTH):
+            line = section[start : start + _COLUMNS // _WIDTH]
+            panels += [_graph(panel, number * _WIDTH, y) for number, panel in enumerate(line)]
+            y += _HEIGHT
     for number, entry in enumerate(panels, start=1):
         entry["id"] = number
     return {

@@ -1,5 +1,7 @@
 """What the data tests share."""
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -40,3 +42,12 @@ def table_of(texts: list[str | None]) -> pa.Table:
     """Raw rows of one file, None for a row whose fault was found while reading."""
     rows = [RawRow(place, place + 1, text, "" if text else "is broken.") for place, text in enumerate(texts)]
     return raw_table(0, [(row, "" if row.text else "malformed") for row in rows])
+
+
+def at_once(work: Callable[[], None], count: int = 4) -> None:
+    """Does the work in so many threads, and waits for all."""
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

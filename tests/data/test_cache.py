@@ -1,5 +1,4 @@
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from raylm.data.cache import MANIFEST, Cache, address, cache_root
 from raylm.errors import DataError
+from tests.data.support import at_once
 
 TABLE = pa.table({"reason": ["", "too_long"], "problem": ["", "x"], "n": [1, 2]})
 
@@ -51,11 +51,7 @@ def test_two_runs_at_once_leave_a_whole_entry(tmp_path: Path) -> None:
     def run() -> None:
         cache.commit([cache.write_shard(TABLE) for _ in range(5)])
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(run)
     shards = cache.shards()
     assert shards is not None
     assert [cache.read_shard(shard) for shard in shards] == [TABLE] * 5

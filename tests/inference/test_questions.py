@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from raylm.cli import _is_setting
+from raylm.cli.generation import _is_setting
 from raylm.config import GenerateConfig
 from raylm.config.data import SourceSection
 from raylm.data import readers

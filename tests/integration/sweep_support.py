@@ -1,6 +1,5 @@
-"""What tests and benchmarks of sweeps share: a sweep of a tiny model as a file, and its driver as a process."""
+"""What tests of sweeps share: a sweep of a tiny model as a file, and its driver as a process."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,9 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.integration.drivers import ROOT, result_of
+
+_SWEEP = ("-m", "raylm.cli", "sweep")
 
 
 def write_sweep(folder: Path, model: Path, data: Path, evaluation: Path, **settings: Any) -> Path:
@@ -37,19 +38,14 @@ def write_sweep(folder: Path, model: Path, data: Path, evaluation: Path, **setti
     return path
 
 
-def command(*arguments: str) -> list[str]:
-    """`raylm sweep` as a process."""
-    return [sys.executable, "-m", "raylm.cli", "sweep", *arguments]
-
-
 def sweep_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
-    """Starts it."""
+    """`raylm sweep` as a process."""
     quiet: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(*arguments), cwd=ROOT, env=dict(os.environ), **{**quiet, **options})
+    return subprocess.Popen(
+        [sys.executable, *_SWEEP, *arguments], cwd=ROOT, env=dict(os.environ), **{**quiet, **options}
+    )
 
 
 def finished(*arguments: str) -> dict[str, Any]:
-    """Runs it to its end and returns what --json says."""
-    done = subprocess.run(command(*arguments, "--json"), cwd=ROOT, capture_output=True, text=True, timeout=560)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    """Runs `raylm sweep` to its end and returns what --json says."""
+    return result_of(*_SWEEP, *arguments, "--json", timeout_s=560)

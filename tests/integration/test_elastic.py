@@ -1,8 +1,6 @@
 """The number of workers changes while a run goes on, because nodes come and go."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,7 @@ import pytest
 import raylm
 from raylm.training.metrics import read_metrics
 from tests.conftest import PAIRS
-
-ROOT = Path(__file__).parents[2]
+from tests.integration.drivers import result_of
 
 
 def _losses(run_dir: Path) -> list[tuple[int, float]]:
@@ -44,15 +41,7 @@ def test_a_node_that_goes_shrinks_the_group_and_one_that_comes_lets_it_grow(
         "cluster": {"num_workers": [1, 3], "cpus_per_worker": 1, "resize_interval_s": 3},
     }
     (tmp_path / "settings.json").write_text(json.dumps(elastic))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.elastic_driver", str(tmp_path / "settings.json")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = result_of("-m", "tests.integration.elastic_driver", str(tmp_path / "settings.json"), timeout_s=800)
     assert int(found["noticed"][0].removeprefix("step-")) < 50
     assert [found["sizes"][0], *sorted({*found["sizes"]}), found["sizes"][-1]] == [3, 2, 3, 3]
     got = _losses(tmp_path / "elastic")

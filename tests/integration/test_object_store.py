@@ -1,15 +1,13 @@
 """A dataset larger than Ray's object store, streamed without the cache: tokens are spilled to disk, the run goes on."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from raylm.training.metrics import read_metrics
+from tests.integration.drivers import result_of
 
-ROOT = Path(__file__).parents[2]
 STORE_BYTES = 80 * 2**20
 DRIVER = f"""
 import json, sys
@@ -43,15 +41,7 @@ def test_tokens_that_do_not_fit_the_object_store_are_spilled(tiny_model_dir: Pat
         "cluster.cpus_per_worker": 1,
     }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "settings.json")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = result_of("-c", DRIVER, str(tmp_path / "settings.json"), timeout_s=800)
     assert found["tokens"] * 4 > STORE_BYTES, "ids alone are more than the store holds"
     assert found["steps"] == 20
     assert len([line for line in read_metrics(tmp_path / "run") if "train/loss" in line]) == 20

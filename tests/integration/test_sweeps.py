@@ -19,7 +19,8 @@ from raylm.training.checkpoint import verify_checkpoints
 from raylm.training.metrics import read_events, read_metrics
 from raylm.tuning.journal import JOURNAL_FILE, SweepState, read_journal
 from tests.conftest import PAIRS, command_line
-from tests.integration.sweep_support import ROOT, finished, sweep_process, write_sweep
+from tests.integration.drivers import ROOT
+from tests.integration.sweep_support import finished, sweep_process, write_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

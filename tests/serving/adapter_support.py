@@ -1,10 +1,14 @@
 """Adapters that the tests make themselves, and an engine that only keeps count."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raylm.serving.adapters import LoadedAdapter
+from raylm.models.adapter_files import linear_shapes
+from raylm.serving.adapter_root import LocalRoot
+from raylm.serving.adapters import AdapterPool, LoadedAdapter
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -96,3 +100,21 @@ class CountingEngine:
 
     def in_flight(self) -> set[str]:
         return set(self.running)
+
+
+def pool_of(root: Path, tmp_path: Path, model: Path, *, max_rank: int = 16) -> tuple[AdapterPool, CountingEngine]:
+    engine = CountingEngine()
+    shapes = linear_shapes(str(model))
+    return AdapterPool(LocalRoot(root), engine, tmp_path / "copies", linear=shapes, max_rank=max_rank), engine
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return edit
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

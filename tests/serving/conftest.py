@@ -1,12 +1,14 @@
-"""The model that the endpoint tests serve, and the one server that their modules share."""
+"""The model that the endpoint tests serve, adapters for it, and the one server that their modules share."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.serving.adapter_support import build_adapter
 from tests.serving.door_support import KEYS
 from tests.serving.servers import ENGINE, Running, running_server
 from tests.tiny import build_tiny_model
@@ -16,6 +18,23 @@ from tests.tiny import build_tiny_model
 def served_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with heads of 32: vLLM's CPU attention takes no smaller ones."""
     return build_tiny_model(tmp_path_factory.mktemp("served") / "tiny-llama", hidden_size=128)
+
+
+@pytest.fixture(scope="session")
+def two_versions(served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two versions of one adapter, of ranks 4 and 12."""
+    folder = tmp_path_factory.mktemp("versions")
+    build_adapter(folder / "v1", served_model_dir, seed=1)
+    build_adapter(folder / "v2", served_model_dir, seed=2, r=12)
+    return folder
+
+
+@pytest.fixture
+def adapter_root(two_versions: Path, tmp_path: Path) -> Path:
+    """A root with the adapters `one` and `two`."""
+    shutil.copytree(two_versions / "v1", tmp_path / "root" / "one")
+    shutil.copytree(two_versions / "v2", tmp_path / "root" / "two")
+    return tmp_path / "root"
 
 
 class SharedServer:

@@ -29,7 +29,6 @@ PROGRAM = """
 import sys
 from raylm.config import ServeConfig, load_config
 from raylm.serving import serve
-from tests.conftest import command_line
 
 with serve(load_config(ServeConfig, {}, sys.argv[1:])) as server:
     print(server.proxy, server.url, flush=True)
@@ -78,6 +77,41 @@ def free_port() -> int:
 
 
 @contextmanager
+def program_process(
+    program: str, options: Sequence[str], log_file: Path, *, variables: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], list[str], Path]]:
+    """A Python program that prints a line when it serves, with a Ray of its own, stopped by ctrl-c.
+
+    options: its arguments; variables: of its environment. Yields the process, the words of the line and Ray's folder.
+    """
+    # Ray's sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="rl") as ray_dir, log_file.open("w") as log:
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": ray_dir}
+        command = [sys.executable, "-c", program, *options]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment | dict(variables or {})
+        )
+        try:
+            assert process.stdout is not None
+            words = process.stdout.readline().split()
+            assert words, log_file.read_text()
+            yield process, words, Path(ray_dir)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=60)
+
+
+@contextmanager
+def server_process(
+    options: Sequence[str], log_file: Path, *, variables: Mapping[str, str] | None = None
+) -> Iterator[Running]:
+    """Our server with these settings, KEY=VALUE, in a process of its own."""
+    with program_process(PROGRAM, options, log_file, variables=variables) as (process, (proxy, url), ray_dir):
+        yield Running(process, url=url, proxy=proxy, ray_dir=ray_dir, log=log_file)
+
+
+@contextmanager
 def running_server(
     model: Path,
     folder: Path,
@@ -89,31 +123,17 @@ def running_server(
     """Our server behind HAProxy, stopped by ctrl-c. settings: KEY=VALUE, after those of every test server; variables
     of its environment."""
     (folder / "key").write_text(KEY + "\n")
-    # Ray's sockets need a short path.
-    with tempfile.TemporaryDirectory(prefix="rl") as ray_dir, (folder / "log").open("w") as log:
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": ray_dir}
-        environment |= variables or {}
-        options = [
-            f"model={model}",
-            f"name={MODEL}",
-            f"port={port or free_port()}",
-            f"api_key_file={folder / 'key'}",
-            "proxy=haproxy",
-            "kv_cache_gib=0.1",
-            *settings,
-        ]
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *options], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline().split()
-            assert line, (folder / "log").read_text()
-            yield Running(process, url=line[1], proxy=line[0], ray_dir=Path(ray_dir), log=folder / "log")
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.wait(timeout=60)
+    options = [
+        f"model={model}",
+        f"name={MODEL}",
+        f"port={port or free_port()}",
+        f"api_key_file={folder / 'key'}",
+        "proxy=haproxy",
+        "kv_cache_gib=0.1",
+        *settings,
+    ]
+    with server_process(options, folder / "log", variables=variables) as server:
+        yield server
 
 
 @contextmanager

@@ -2,11 +2,6 @@
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +21,7 @@ from raylm.inference.chat import chat_in_terminal
 from raylm.inference.generate import run_generation
 from raylm.merging import run_merge
 from tests.serving.adapter_support import build_adapter, greedy, is_greedy, merged_model, replace_adapter
-from tests.serving.servers import KEY, PROGRAM, Running, free_port
+from tests.serving.servers import KEY, Running, free_port, server_process
 from tests.tiny import build_tiny_model
 
 BASE = "tiny-llama"
@@ -69,20 +64,8 @@ def running(log: Path, *options: str, **environment: str) -> Iterator[Running]:
     log.with_suffix(".key").write_text(KEY + "\n")
     settings = [f"port={free_port()}", f"api_key_file={log.with_suffix('.key')}", "kv_cache_gib=0.2", "dtype=float32"]
     settings += ["engine.block_size=32", "engine.enable_prompt_tokens_details=true", *options]
-    with tempfile.TemporaryDirectory(prefix="rl") as ray_dir, log.open("w") as file:
-        env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": ray_dir} | environment
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *settings], stdout=subprocess.PIPE, stderr=file, text=True, env=env
-        )
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline().split()
-            assert line, log.read_text()
-            yield Running(process, url=line[1], proxy=line[0], ray_dir=Path(ray_dir), log=log)
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.wait(timeout=60)
+    with server_process(settings, log, variables=environment) as server:
+        yield server
 
 
 def make_root(folder: Path, made: Path, *names: str) -> Path:

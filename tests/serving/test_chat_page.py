@@ -6,10 +6,7 @@ One server with a key for the whole module, in a process of its own; the page be
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,6 +23,7 @@ from raylm.config.serving import ChatPageArgs, ServeConfig
 from raylm.serving.chat_page import PAGE_NAME, ROUTE_PREFIX, build_page_app
 from raylm.serving.proxy import front_door
 from tests.serving.browser import Page, browser_page, find_browser
+from tests.serving.servers import free_port, program_process
 from tests.tiny import build_tiny_model
 
 KEY = "page-s3cret-" + "k" * 24
@@ -42,12 +40,6 @@ with serve(load_config(ServeConfig, {}, sys.argv[1:])) as server:
     print(server.url, server.chat_page, flush=True)
     server.wait()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -91,21 +83,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     (folder / "key").write_text(KEY + "\n")
     options = [f"model={model}", f"port={free_port()}", f"api_key_file={folder / 'key'}", "proxy=haproxy"]
     options += ["kv_cache_gib=0.1", "chat_page=true"]
-    # Ray's sockets need a short path.
-    with tempfile.TemporaryDirectory(prefix="rl") as ray_dir, (folder / "log").open("w") as log:
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": ray_dir}
-        command = [sys.executable, "-c", PROGRAM, *options]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline().split()
-            assert line, (folder / "log").read_text()
-            assert line[1] == line[0] + "/chat"
-            yield Running(process, url=line[0], ray_dir=Path(ray_dir), log=folder / "log")
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.wait(timeout=60)
+    with program_process(PROGRAM, options, folder / "log") as (process, (url, page), ray_dir):
+        assert page == url + "/chat"
+        yield Running(process, url=url, ray_dir=ray_dir, log=folder / "log")
 
 
 class Tab:

@@ -1,4 +1,4 @@
-"""What stands before the routes, at a server with an engine: test_guard.py has the rest.
+"""What stands before the routes, at a server with an engine: test_guard*.py have the rest.
 
 The server is shared and asks for the keys of door_support.py.
 """

@@ -1,6 +1,5 @@
 """`raylm speculate bench`: what is asked, what follows from the figures, and a whole measurement."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from raylm.serving.speculation_bench import (
     table_lines,
     take,
 )
+from tests.serving.servers import free_port
 
 
 def test_edit_tasks_differ_and_are_the_same_each_time() -> None:
@@ -82,11 +82,8 @@ def test_without_speculation_there_is_nothing_to_measure() -> None:
 
 @pytest.mark.slow
 def test_both_servers_are_measured_and_what_is_refused_is_said(ray_cluster: Any, served_model_dir: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1, "off_above": 2}
-    given = {"model": str(served_model_dir), "port": port, "dtype": "float32", "kv_cache_gib": 0.1}
+    given = {"model": str(served_model_dir), "port": free_port(), "dtype": "float32", "kv_cache_gib": 0.1}
     given |= {"proxy": "python", "speculation": speculation}
     tasks = [[{"role": "user", "content": f"say it {n} and {n} and {n}"}] for n in range(12)]
 
