@@ -69,6 +69,11 @@ def plan(
     from raylm.config import TrainConfig, load_config
 
     resolved = load_config(TrainConfig, config, overrides)
+    from raylm.training.before_start import check_settings
+    from raylm.training.run_dir import check_run_dir
+
+    check_run_dir(resolved)
+    check_settings(resolved)  # again by the next: here because it imports torch
     from raylm.training.planning.plan import plan_training
 
     return plan_training(resolved, tokens_per_second=tokens_per_second, utilisation=utilisation, memory_gib=memory_gib)
@@ -101,7 +106,7 @@ def sweep(
     resolved = load_config(SweepConfig, config, overrides)
     from raylm.tuning.run import run_sweep
 
-    return run_sweep(resolved)
+    return run_sweep(resolved, str(config) if isinstance(config, str | Path) else "")
 
 
 def serve(

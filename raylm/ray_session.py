@@ -2,11 +2,15 @@
 
 import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from raylm.errors import ClusterError
+from raylm.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +22,11 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+_IMPORT_ENVIRONMENT = {
+    # Printed on stdout where a machine has few cores and runs several trainings.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started on node",
+}
+"""What Ray reads when it is imported."""
 
 
 @contextmanager
@@ -27,6 +36,8 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
 
     environment: variables a local instance starts with. Raises ClusterError when a named cluster does not answer.
     """
+    for name, value in _IMPORT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
@@ -36,7 +47,8 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
     remote = address or os.environ.get("RAY_ADDRESS")
     if remote:
         try:
-            ray.init(address=remote, log_to_driver=False, logging_level=logging.WARNING)
+            with _sigterm_kept():
+                ray.init(address=remote, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ClusterError(
@@ -46,13 +58,19 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
     else:
         with environment_variables({**LOCAL_ENVIRONMENT, **(environment or {})}):
             _start_local(ray, num_cpus)
-        logger.info("started a local Ray with %d logical CPUs", num_cpus)
+        logger.info("started a local Ray with %s", counted(num_cpus, "logical CPU"))
     own = {} if remote else {_OWN_RAY: "1"}
     try:
         with environment_variables(own):
             yield ray
     finally:
         ray.shutdown()
+
+
+def is_local(address: str | None) -> bool:
+    """Whether `ray_session` would start a Ray of its own."""
+    ray = sys.modules.get("ray")  # not imported: not connected either
+    return not ((ray and ray.is_initialized()) or address or os.environ.get("RAY_ADDRESS"))
 
 
 def in_own_ray() -> bool:
@@ -64,13 +82,14 @@ def _start_local(ray: Any, num_cpus: int) -> None:
     """Ray gives a new node 30 s to answer, which a busy machine may miss once. Raises ClusterError."""
     for attempt in (1, 2):
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            with _sigterm_kept():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
             return
         except Exception as error:  # Ray raises a bare Exception here
             ray.shutdown()
@@ -78,6 +97,37 @@ def _start_local(ray: Any, num_cpus: int) -> None:
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise ClusterError("a local Ray", f"does not start: {reason}", "Free memory, disk or CPU.") from error
             logger.warning("a local Ray did not start in time, trying once more: %s", error)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """SIGTERM is this process's own again once Ray is connected: whoever handled it, else Ray's handler, which exits.
+
+    Ray's core takes it over while it connects (Ray 2.60, RayLog::InstallFailureSignalHandler), and would print a stack
+    trace and abort; until Python has it again, it waits. Not for the whole of `ray.init`: the processes that are
+    started there would never hear of it.
+    """
+    import ray._private.worker as worker
+
+    connect, former = worker.connect, signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def held(*arguments: Any, **options: Any) -> Any:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            return connect(*arguments, **options)
+        finally:
+            own = former not in (None, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, former if own else signal.getsignal(signal.SIGTERM))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+    worker.connect = held
+    try:
+        yield
+    finally:
+        worker.connect = connect
 
 
 def inside_ray_job() -> bool:

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "raylm"
 LAYERS = {
     "errors": 0,
+    "words": 0,
     "config": 1,
     "ray_session": 2,
     "data": 3,

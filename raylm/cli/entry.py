@@ -6,6 +6,7 @@ bug, with its traceback. With --json the result is one JSON object on stdout, an
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("ray", "httpx", "matplotlib", "transformers", "filelock"):
+    for noisy in ("ray", "httpx", "matplotlib", "torch", "transformers", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         code: int = options.run(options) or 0
@@ -44,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        print("terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
     return code
 
 

@@ -1,7 +1,12 @@
 """train, plan, sweep, config show: what runs on a training configuration."""
 
+import contextlib
 import dataclasses
 import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +43,24 @@ def add_config(commands: Any) -> None:
     add_overrides(show)
 
 
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """SIGTERM unwinds what was begun, where nothing better is done with it. Ray prints on stdout what it does about a
+    lost worker: that belongs with the rest."""
+    with contextlib.redirect_stdout(sys.stderr):
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+
+
 def _train(options: Any) -> None:
-    result = raylm.train(options.config, options.overrides)
+    with _unwinding():
+        result = raylm.train(options.config, options.overrides)
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
         return
@@ -80,12 +101,16 @@ def _sweep(options: Any) -> None:
     if options.dry_run:
         _outline(source, overrides, as_json=options.json)
         return
-    result = raylm.sweep(source, overrides, resume=options.resume, retry_failed=options.retry_failed)
+    with _unwinding():
+        result = raylm.sweep(source, overrides, resume=options.resume, retry_failed=options.retry_failed)
     if options.json:
         print(json.dumps(dataclasses.asdict(result)))
         return
     print(f"sweep           {result.sweep_dir}")
     print(f"trials          {', '.join(f'{count} {state}' for state, count in result.states.items())}")
+    for sink, numbers in result.lacking.items():
+        few = ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+        print(f"lacks figures   {sink}, of trial {few}: raylm track {result.sweep_dir}/trials/{numbers[0]:04d}")
     print(f"report          {result.report}")
     if result.best is not None:
         print(f"best            trial {result.best}: {result.metric} {result.value:.6g} at step {result.step}")
@@ -106,7 +131,7 @@ def _outline(source: Any, overrides: list[str], *, as_json: bool) -> None:
     from raylm.tuning.run import outline_sweep
     from raylm.tuning.space import described
 
-    outline = outline_sweep(config)
+    outline = outline_sweep(config, source)
     if as_json:
         print(json.dumps(dataclasses.asdict(outline)))
         return

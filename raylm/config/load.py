@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from raylm.config.base import Section
 from raylm.errors import ConfigError
@@ -35,7 +35,7 @@ def load_config(
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(where, _describe(error, kind), "") from None
+        raise ConfigError(where, _describe(error, kind, tree), "") from None
 
 
 def dump_yaml(config: Section) -> str:
@@ -117,32 +117,112 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
         tree[last] = value
 
 
-def _describe(error: ValidationError, kind: type[Section]) -> str:
-    faults = []
+def check_key(kind: type[Section], dotted: str, where: str) -> None:
+    """Raises ConfigError, which says that it stands at `where`, for a key that the tree has not."""
+    section: type[BaseModel] | None = kind
+    parts = dotted.split(".")
+    for place, name in enumerate(parts):
+        if section is None:
+            return  # within a value, which knows its own keys
+        if name not in section.model_fields:
+            raise ConfigError(
+                where, f"unknown key {'.'.join(parts[: place + 1])}.", _nearest(parts[: place + 1], kind).strip()
+            )
+        section = _section_type(section.model_fields[name].annotation)
+
+
+def check_value(kind: type[Section], dotted: str, value: Any, where: str) -> None:
+    """Raises ConfigError, which says that it stands at `where`, for a value that this key of the tree can never have,
+    whatever the others are."""
+    *parents, last = dotted.split(".")
+    section: type[BaseModel] | None = kind
+    for name in parents:
+        section = _section_type(section.model_fields[name].annotation) if section else None
+    if section is None:
+        return  # within a value, which knows its own keys
+    field = section.model_fields[last]
+    annotation: Any = typing.Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    try:
+        TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        words = dict.fromkeys(_in_words(fault, None) for fault in error.errors())
+        raise ConfigError(where, f"{dotted} is never {value!r}: {', or '.join(words)}.", "Correct it.") from None
+
+
+def _describe(error: ValidationError, kind: type[Section], tree: Mapping[str, Any]) -> str:
+    faults: dict[str, list[str]] = {}  # what is wrong, and what each of several kinds of value would have to be
     # A list that lost its faulty members may then be called too short, which is no fault of its own.
     errors = [e for e in error.errors() if e["type"] != "too_short" or len(error.errors()) == 1]
     for fault in errors:
-        path = [part for part in fault["loc"] if isinstance(part, str)]
-        key = ".".join(str(part) for part in fault["loc"])
+        place, section = _place(fault["loc"], kind, tree)
+        key = ".".join(str(part) for part in place)
         if fault["type"] == "extra_forbidden":
-            faults.append(f"unknown key {key}.{_nearest(path, kind)}")
+            faults[f"unknown key {key}.{_nearest([part for part in place if isinstance(part, str)], kind)}"] = []
         elif fault["type"] == "missing":
-            faults.append(f"{key} is missing. Set it in the file or as {key}=…")
+            faults[f"{key} is missing. Set it in the file or as {key}=…"] = []
         elif fault["type"] == "value_error":
             message = str(fault["ctx"]["error"]) if "ctx" in fault else fault["msg"]
-            faults.append(f"{key}: {message}." if key else f"{message}.")
+            faults[f"{key}: {message}." if key else f"{message}."] = []
         else:
-            faults.append(f"{key}={fault['input']!r} is not valid: {fault['msg'][0].lower()}{fault['msg'][1:]}.")
-    return " ".join(dict.fromkeys(faults))
+            faults.setdefault(f"{key}={fault['input']!r} is not valid: ", []).append(_in_words(fault, section))
+    return " ".join(f"{head}{', or '.join(dict.fromkeys(tails))}." if tails else head for head, tails in faults.items())
+
+
+def _place(
+    loc: Sequence[str | int], kind: type[BaseModel], tree: Any
+) -> tuple[list[str | int], type[BaseModel] | None]:
+    """Where a fault lies in the words of the user, and the section there, if it is one: without a number in what they
+    wrote as one value and no list, and without the name of a kind of value."""
+    found: list[str | int] = []
+    section: type[BaseModel] | None = kind
+    for part in loc:
+        if isinstance(part, int):
+            if isinstance(tree, list | tuple):
+                found.append(part)
+                tree = tree[part] if part < len(tree) else None
+            continue
+        field = section.model_fields.get(part) if section else None
+        if field or isinstance(tree, Mapping) or tree is None:
+            found.append(part)
+            tree = _inside(tree, part) if isinstance(tree, Mapping) else None
+        section = _section_type(field.annotation) if field else section
+    return found, section
+
+
+def _inside(tree: Mapping[str, Any], key: str) -> Any:
+    """The value of a key that may stand as sections within sections."""
+    if key in tree:
+        return tree[key]
+    head, dot, rest = key.partition(".")
+    inner = tree.get(head)
+    return _inside(inner, rest) if dot and isinstance(inner, Mapping) else None
+
+
+def _in_words(fault: Any, section: type[BaseModel] | None) -> str:
+    """What a value should be, in words for who wrote a file. section: that it should be."""
+    kinds = {
+        "model_type": f"a section is needed, with keys {', '.join(section.model_fields) if section else ''}",
+        "dict_type": "a mapping is needed",
+        "tuple_type": "a list is needed",
+        "list_type": "a list is needed",
+        "too_short": "there are too few entries",
+        "too_long": "there are too many entries",
+    }
+    text = kinds.get(fault["type"], fault["msg"])
+    return f"{text[0].lower()}{text[1:]}"
 
 
 def _nearest(path: Sequence[str], kind: type[BaseModel]) -> str:
     """Advice for an unknown key: the likeliest known one, of the same section or of any."""
     section: type[BaseModel] | None = kind
+    is_free = False
     for name in path[:-1]:
-        section = (
-            _section_type(section.model_fields[name].annotation) if section and name in section.model_fields else None
-        )
+        if is_free:  # a key of a mapping of sections, which has any name
+            is_free = False
+            continue
+        field = section.model_fields.get(name) if section else None
+        section = _section_type(field.annotation) if field else None
+        is_free = field is not None and _is_mapping(field.annotation)
     known = list(section.model_fields) if section else []
     prefix = ".".join(path[:-1])
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
@@ -168,3 +248,11 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for inner in typing.get_args(annotation) if (found := _section_type(inner))), None)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether a field's type is a mapping, whatever it is annotated with."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _is_mapping(typing.get_args(annotation)[0])
+    return isinstance(origin, type) and issubclass(origin, Mapping)

@@ -1,5 +1,6 @@
 """The space of a sweep: what values a setting can have."""
 
+import difflib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -10,9 +11,29 @@ KINDS = ("choice", "grid", "uniform", "loguniform", "quniform", "qloguniform", "
 """What a dimension can be; exactly one stands in each."""
 _OWN_KEYS = {*KINDS, "when", "points"}
 _LOGARITHMIC = ("loguniform", "qloguniform", "log_integers")
-Range = tuple[float, float]
-SteppedRange = tuple[float, float, Annotated[float, Field(gt=0)]]
-IntegerRange = tuple[int, int]
+
+
+def _takes(*names: str) -> BeforeValidator:
+    """A list of so many numbers."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, list | tuple) or len(value) != len(names):
+            raise ValueError(f"takes [{', '.join(names)}], not {value!r}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _as_values(value: object) -> object:
+    if value is not None and not isinstance(value, list | tuple):
+        raise ValueError(f"takes a list, such as [{value}]")
+    return value
+
+
+Range = Annotated[tuple[float, float], _takes("low", "high")]
+SteppedRange = Annotated[tuple[float, float, Annotated[float, Field(gt=0)]], _takes("low", "high", "step")]
+IntegerRange = Annotated[tuple[int, int], _takes("low", "high")]
+Values = Annotated[tuple[Any, ...] | None, BeforeValidator(_as_values)]
 
 
 def flat_overrides(value: object) -> object:
@@ -37,9 +58,9 @@ class DimensionSection(Section):
     """The values of one setting: exactly one of choice, grid, uniform, loguniform, quniform, qloguniform, integers,
     log_integers, suggested."""
 
-    choice: tuple[Any, ...] | None = None
+    choice: Values = None
     """One of these."""
-    grid: tuple[Any, ...] | None = None
+    grid: Values = None
     """Each of these: trials go through all combinations of the grids in turn, whatever the search does otherwise."""
     uniform: Range | None = None
     """[low, high], each number as likely."""
@@ -72,26 +93,26 @@ class DimensionSection(Section):
         if self.is_range and self.kind != "suggested":
             low, high = self.bounds
             if low >= high:
-                raise ValueError(f"{self.kind}: {low:g} is not below {high:g}")
+                raise ValueError(f"{self.kind}: {low:g} is not below {high:g}. Write the lower end first")
             if self.kind in _LOGARITHMIC and low <= 0:
-                raise ValueError(f"{self.kind} needs a range above 0, not from {low:g}")
+                raise ValueError(f"{self.kind} needs a range above 0, not from {low:g}. Raise it, or use uniform")
             if self.step is not None and self.step > high - low:
-                raise ValueError(f"{self.kind}: the step {self.step:g} is larger than the range")
+                raise ValueError(f"{self.kind}: the step {self.step:g} is larger than the range. Lower it")
         return self
 
     @model_validator(mode="after")
     def values_differ(self) -> Self:
         if self.values == ():
-            raise ValueError(f"{self.kind} has no values")
+            raise ValueError(f"{self.kind} has no values. Give some, or drop the key")
         for place, value in enumerate(self.values or ()):
             if any(type(value) is type(other) and value == other for other in (self.values or ())[:place]):
-                raise ValueError(f"{self.kind}: {value!r} is given twice")
+                raise ValueError(f"{self.kind}: {value!r} is given twice. Drop one")
         return self
 
     @model_validator(mode="after")
     def points_are_of_a_range(self) -> Self:
         if self.points is not None and not self.is_range:
-            raise ValueError(f"points are taken from a range; {self.kind} has its values already")
+            raise ValueError(f"points are taken from a range; {self.kind} has its values already. Drop points")
         return self
 
     @property
@@ -134,7 +155,20 @@ class DimensionSection(Section):
 
 
 def _as_alternatives(value: object) -> object:
-    return [value] if isinstance(value, dict) else value
+    if isinstance(value, dict | DimensionSection):
+        return [value]
+    members = [{"suggested": True} if member == "suggested" else member for member in _members(value)]
+    for member in members:
+        if not isinstance(member, dict | DimensionSection):
+            shown = value if isinstance(value, list | tuple) else [value]
+            raise ValueError(
+                f"{member!r} is not a dimension. Write {{choice: {list(shown)}}}, or one of {', '.join(KINDS[1:])}"
+            )
+    return members
+
+
+def _members(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _flat_space(value: object) -> object:
@@ -145,7 +179,7 @@ def _flat_space(value: object) -> object:
     for key, inner in value.items():
         if inner == "suggested":
             inner = {"suggested": True}
-        if isinstance(inner, dict) and not set(inner) & _OWN_KEYS and all(map(_holds_dimensions, inner.values())):
+        if isinstance(inner, dict) and _is_section(inner):
             found = _flat_space(inner)
             assert isinstance(found, dict)
             flat |= {f"{key}.{name}": dimension for name, dimension in found.items()}
@@ -154,9 +188,14 @@ def _flat_space(value: object) -> object:
     return flat
 
 
-def _holds_dimensions(value: object) -> bool:
-    alternatives = value if isinstance(value, list | tuple) else [value]
-    return value == "suggested" or all(isinstance(member, dict) for member in alternatives)
+def _is_section(value: dict[str, object]) -> bool:
+    """Whether keys are of settings, not of a dimension, one of which may be misspelt."""
+    if set(value) & _OWN_KEYS:
+        return False
+    members = [member for inner in value.values() for member in _members(inner)]
+    return all(isinstance(member, dict) or member == "suggested" for member in members) or not any(
+        difflib.get_close_matches(str(key), _OWN_KEYS) for key in value
+    )
 
 
 Alternatives = Annotated[tuple[DimensionSection, ...], Field(min_length=1), BeforeValidator(_as_alternatives)]

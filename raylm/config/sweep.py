@@ -7,6 +7,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from raylm.config.base import Section
 from raylm.config.space import Overrides, Space
 
+RATE_KEY = "optimizer.learning_rate"
+"""The setting that the optimizer table suggests a range for."""
+
 
 def _by_name(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
@@ -62,7 +65,7 @@ class SchedulerSection(Section):
     grace_steps: Annotated[int, Field(ge=1)] | None = None
     """asha, median_stop: steps before a trial can be stopped; default: up to the first report."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
-    """asha, hyperband: steps of the last rung; default: those of the first trial."""
+    """asha, hyperband: steps of the last rung; default: those of the longest trial."""
     reduction_factor: float = Field(3.0, gt=1)
     """asha, hyperband: of so many trials at a rung one goes on."""
     brackets: int = Field(1, ge=1)
@@ -77,6 +80,14 @@ class SchedulerSection(Section):
     """pbt: chance that a setting is drawn anew instead of changed a little."""
     factors: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.8, 1.25)
     """pbt: a number is multiplied by one of these, and kept in its range."""
+
+    @model_validator(mode="after")
+    def rungs_go_up(self) -> Self:
+        if self.grace_steps is not None and self.max_steps is not None and self.grace_steps > self.max_steps:
+            raise ValueError(
+                f"grace_steps={self.grace_steps} is above max_steps={self.max_steps}: there would be no rung. Lower it"
+            )
+        return self
 
     @model_validator(mode="after")
     def settings_are_of_the_scheduler(self) -> Self:
@@ -170,6 +181,17 @@ class SweepConfig(Section):
                     )
                 if self.search.name != "grid" and dimension.points is not None:
                     raise ValueError(f"space.{key}: points are for search.name=grid, not {self.search.name}. Drop them")
+        return self
+
+    @model_validator(mode="after")
+    def alternatives_can_be_taken(self) -> Self:
+        for key, alternatives in self.space.items():
+            if any(not dimension.when for dimension in alternatives[:-1]):
+                raise ValueError(
+                    f"space.{key}: what follows an alternative without `when` is never taken. Put that one last"
+                )
+            if key != RATE_KEY and any(dimension.suggested for dimension in alternatives):
+                raise ValueError(f"space.{key}: suggested is for {RATE_KEY}. Give a choice or a range")
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from raylm.config.training import (
     ScheduleSection,
     TrainingSection,
 )
+from raylm.words import counted
 
 
 class TrainConfig(Section):
@@ -56,8 +57,9 @@ class TrainConfig(Section):
         micro, workers = self.training.micro_batch_size, self.cluster.max_workers
         if self.cluster.is_elastic and self.micro_batches_per_step < workers:
             raise ValueError(
-                f"training.global_batch_size={self.training.global_batch_size} is {self.micro_batches_per_step} "
-                f"micro-batches, fewer than the {workers} workers of cluster.num_workers"
+                f"training.global_batch_size={self.training.global_batch_size} is "
+                f"{counted(self.micro_batches_per_step, 'micro-batch')}, fewer than the {workers} workers of "
+                "cluster.num_workers"
             )
         if not self.cluster.is_elastic and self.training.global_batch_size % (micro * workers):
             raise ValueError(

@@ -25,6 +25,10 @@ class RunPlan:
         """Global batches in an epoch, the short last one included."""
         return -(-self.epochs[epoch].num_rows // self.global_batch_size)
 
+    def tokens_per_step(self, lengths: np.ndarray) -> float:
+        """Tokens of a global batch of sequences of these lengths, on average over the first epoch."""
+        return float(lengths[self.epochs[0].sequences].sum()) / max(1, self.steps_in_epoch(0))
+
     def row(self, step: int, place: int) -> tuple[int, np.ndarray]:
         """Epoch and sequences of packed row `place` in the global batch at `step` (0-based); no sequences past the
         epoch's end."""

@@ -8,6 +8,7 @@ from typing import Literal
 from raylm.data.readers import place_in_file
 from raylm.data.remote import shown
 from raylm.errors import DataError
+from raylm.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,13 @@ class DataReport:
 
     def describe(self) -> str:
         """All counts in a line, and the share of each dataset where there are several."""
-        parts = [f"{self.rows} rows = {self.used} used + {len(self.rejected)} rejected ({self.describe_rejected()})"]
+        rejected = f"{len(self.rejected)} rejected ({self.describe_rejected()})"
+        parts = [f"{counted(self.rows, 'row')} = {self.used} used + {rejected}"]
         if self.left_out:
             parts[0] += f" + {self.left_out} left out"
-        parts.append(f"{self.tokens} tokens, {self.loss_tokens} carry loss")
+        parts.append(f"{counted(self.tokens, 'token')}, {self.loss_tokens:,} carry loss")
         if self.straddling:
-            parts.append(f"{self.straddling} tokens straddle an answer's border and carry none")
+            parts.append(f"{counted(self.straddling, 'token')} across an answer's border, without loss")
         total = sum(source.tokens for source in self.sources)
         if len(self.sources) > 1 and total:
             shares = ", ".join(f"{source.path} {source.tokens / total:.1%}" for source in self.sources)

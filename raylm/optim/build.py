@@ -11,7 +11,7 @@ from typing import Any
 from raylm.config.training import OptimizerSection
 from raylm.errors import ConfigError
 from raylm.optim.counted import counted
-from raylm.optim.table import OPTIMIZERS, OptimizerRow
+from raylm.optim.table import OPTIMIZERS, OptimizerRow, optimizer_row
 
 
 def check_optimizer(section: OptimizerSection) -> None:
@@ -104,15 +104,6 @@ def _has_heads(name: str, shape: Sequence[int], head_dim: int) -> bool:
     """Whether a parameter is the matrix of queries or keys alone."""
     named = re.search(r"\b(q_proj|k_proj|query|key)\.weight$", name) is not None
     return named and len(shape) == 2 and shape[0] % head_dim == 0
-
-
-def optimizer_row(name: str) -> OptimizerRow:
-    """The row of a name. Raises ConfigError."""
-    if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, list(OPTIMIZERS), n=1)
-        advice = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(OPTIMIZERS)}."
-        raise ConfigError("optimizer.name", f"{name!r} is not an optimizer.", advice)
-    return OPTIMIZERS[name]
 
 
 def _factory(row: OptimizerRow) -> Any:

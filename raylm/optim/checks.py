@@ -3,8 +3,7 @@
 from raylm.config import TrainConfig
 from raylm.config.training import OptimizerSection
 from raylm.errors import ConfigError
-from raylm.optim.build import optimizer_row
-from raylm.optim.table import OPTIMIZERS, STRATEGIES, excluded_strategies
+from raylm.optim.table import OPTIMIZERS, STRATEGIES, excluded_strategies, optimizer_row
 
 
 def check_optimizer_use(config: TrainConfig) -> None:

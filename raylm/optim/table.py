@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from raylm.errors import ConfigError, nearest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerRow:
@@ -383,6 +385,13 @@ OPTIMIZERS = {
 }
 
 STRATEGIES = ("single", "ddp", "fsdp", "deepspeed")
+
+
+def optimizer_row(name: str) -> OptimizerRow:
+    """The row of a name. Raises ConfigError."""
+    if name not in OPTIMIZERS:
+        raise ConfigError("optimizer.name", f"{name!r} is not an optimizer.", nearest(name, OPTIMIZERS))
+    return OPTIMIZERS[name]
 
 
 def excluded_strategies(row: OptimizerRow) -> Mapping[str, str]:

@@ -1,18 +1,26 @@
-"""What a run is held against before Ray starts or weights load, and its paths as all nodes see them."""
+"""What a run is held against before Ray starts or weights load, and its paths as all nodes see them.
+
+Nothing heavy is imported for `check_settings`, so that what it refuses is refused within a second.
+"""
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raylm.config import TrainConfig
 from raylm.config.data import SourceSection
 from raylm.config.deepspeed import deepspeed_config, read_deepspeed_json
 from raylm.data.remote import scheme_of
 from raylm.data.rows import check_first_rows
-from raylm.data.sources import list_files
-from raylm.data.store import TokenizerSource, row_tokenizer
+from raylm.data.sources import SourceFile, list_files
+from raylm.models.folder import locate
+from raylm.optim.checks import check_optimizer_use
 from raylm.training.checkpoint import read_meta
 from raylm.training.run_dir import locate_run_dir
 from raylm.training.sinks.table import check_sinks
+
+if TYPE_CHECKING:
+    from raylm.data.store import TokenizerSource
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -58,18 +66,8 @@ def _absolute_pattern(path: str) -> str:
     return os.path.abspath(local) if is_local else path
 
 
-def check_before_start(config: TrainConfig) -> TokenizerSource:
-    """Raises for all that can be known to be wrong without Ray and without weights; returns where the tokenizer is."""
-    from raylm.models.adapters import check_lora, check_new_rows
-    from raylm.models.folder import as_folder
-    from raylm.models.kernels import check_liger
-    from raylm.models.load import check_max_seq_len, load_config, structure_of
-    from raylm.models.quantize import check_bitsandbytes, check_quantizable
-    from raylm.optim.build import check_optimizer
-    from raylm.optim.checks import check_optimizer_use
-    from raylm.training.lisa import check_lisa
-    from raylm.training.prepare import check_compiler, freeze
-
+def check_settings(config: TrainConfig) -> list[list[SourceFile]]:
+    """Raises for all that settings and file names show; returns the files of `data.train` and `data.eval`."""
     check_sinks(config.metrics)
     resume = config.training.resume
     if resume not in (None, "auto") and not scheme_of(str(resume)):
@@ -78,8 +76,25 @@ def check_before_start(config: TrainConfig) -> TokenizerSource:
     if config.data.on_bad_row == "error":
         for own in files:
             check_first_rows(own, config.data.role_map)
-    check_optimizer(config.optimizer)
     check_optimizer_use(config)
+    locate(config.model.path)
+    return files
+
+
+def check_before_start(config: TrainConfig) -> "TokenizerSource":
+    """Raises for all that can be known to be wrong without Ray and without weights; returns where the tokenizer is."""
+    files = check_settings(config)
+    from raylm.data.store import TokenizerSource, row_tokenizer
+    from raylm.models.adapters import check_lora, check_new_rows
+    from raylm.models.folder import as_folder
+    from raylm.models.kernels import check_liger
+    from raylm.models.load import check_max_seq_len, load_config, structure_of
+    from raylm.models.quantize import check_bitsandbytes, check_quantizable
+    from raylm.optim.build import check_optimizer
+    from raylm.training.lisa import check_lisa
+    from raylm.training.prepare import check_compiler, freeze
+
+    check_optimizer(config.optimizer)
     section = config.model
     model_config = load_config(section)
     check_max_seq_len(section, model_config, config.data.max_seq_len)

@@ -15,6 +15,7 @@ from raylm.config.training import LisaSection
 from raylm.errors import ConfigError
 from raylm.models.adapters import base_of
 from raylm.models.blocks import decoder_blocks
+from raylm.words import counted
 
 _STREAM = 2403  # keeps the draws apart from others of the same seed
 
@@ -59,12 +60,13 @@ def check_lisa(section: LisaSection, model_config: Any) -> None:
     number = model_config.get_text_config().num_hidden_layers
     if section.num_active_layers > number:
         raise ConfigError(
-            "lisa.num_active_layers", f"{section.num_active_layers} is more than the model's {number} layers."
+            "lisa.num_active_layers",
+            f"{section.num_active_layers} is more than the model's {counted(number, 'layer')}.",
         )
     if section.layer_weights is not None and len(section.layer_weights) != number:
         raise ConfigError(
             "lisa.layer_weights",
-            f"has {len(section.layer_weights)} values, the model has {number} layers.",
+            f"has {counted(len(section.layer_weights), 'value')}, the model has {counted(number, 'layer')}.",
             "Give one each.",
         )
 

@@ -12,6 +12,29 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+FIGURES = (
+    "train/loss",
+    "train/grad_norm",
+    "train/learning_rate",
+    "train/epoch",
+    "train/tokens",
+    "train/loss_tokens",
+    "train/tokens_per_second",
+    "train/flops",
+    "train/mfu",
+    "train/step_s",
+    "train/data_wait_s",
+    "train/loss_scale",
+    "train/overflow_steps",
+    "memory/host_gib",
+    "memory/device_allocated_gib",
+    "memory/device_peak_gib",
+    "memory/device_reserved_gib",
+    "eval/loss",
+    "eval/perplexity",
+    "eval/loss_tokens",
+)
+"""What lines of metrics.jsonl can hold; which of them depends on device, precision and evaluation."""
 
 
 class MetricsWriter:

@@ -16,6 +16,7 @@ from raylm.ray_session import in_own_ray
 from raylm.training.checkpoint import newest_checkpoint, read_meta
 from raylm.training.job import WorkerData, WorkerJob, write_failure
 from raylm.training.run_dir import CONFIG_FILE, RunDir
+from raylm.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def plan_resources(config: TrainConfig, cluster: dict[str, float]) -> Resources:
     if use_gpu and gpus < fewest:
         raise ClusterError(
             "cluster.num_workers",
-            f"{fewest} workers with a GPU each need {fewest} GPUs, the cluster has {gpus}.",
+            f"{counted(fewest, 'worker')} with a GPU each: {counted(fewest, 'GPU')} needed, the cluster has {gpus}.",
             "Ask for fewer workers, or set cluster.use_gpu=false.",
         )
     share = 1 if use_gpu else max(1, (cpus - 1) // most)
@@ -61,7 +62,7 @@ def plan_resources(config: TrainConfig, cluster: dict[str, float]) -> Resources:
     if needed > cpus:
         raise ClusterError(
             "cluster.num_workers",
-            f"{fewest} workers of {per_worker} CPUs and one CPU for the data need {needed} CPUs, "
+            f"{counted(fewest, 'worker')} of {counted(per_worker, 'CPU')} and one CPU for the data need {needed} CPUs, "
             f"the cluster has {cpus}.",
             "Ask for fewer workers or CPUs, or start a larger cluster.",
         )

@@ -22,7 +22,7 @@ from raylm.training.metrics import EventsWriter, final_figures, plot_losses
 from raylm.training.mirror import fetch, newest_in_mirror
 from raylm.training.progress import watch_run
 from raylm.training.report.write import write_report
-from raylm.training.run_dir import RunDir, open_run_dir
+from raylm.training.run_dir import RunDir, check_run_dir, open_run_dir
 from raylm.training.sinks.follow import send_figures
 from raylm.training.stopping import DESCRIPTIONS, Stop, stop_on_sigterm
 
@@ -60,6 +60,7 @@ def run_training(config: TrainConfig) -> TrainResult:
     clock = _Clock()
     deadline = None if config.training.max_time_s is None else time.time() + config.training.max_time_s
     config = with_absolute_paths(config)
+    check_run_dir(config)
     tokenizer_source = check_before_start(config)
     run = open_run_dir(config)
     events = EventsWriter(run.path)

@@ -1,15 +1,22 @@
 """The training configuration of a trial, and the checks that every one of a sweep's passes before Ray starts."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from raylm.config import SweepConfig, TrainConfig, load_config
-from raylm.config.load import read_yaml
+from raylm.config.load import check_key, read_yaml
 from raylm.config.settings import flat_settings
 from raylm.config.space import flat_overrides
-from raylm.errors import ConfigError, RaylmError
+from raylm.config.sweep import SchedulerSection
+from raylm.errors import ConfigError, RaylmError, nearest
+from raylm.optim.checks import check_optimizer_use
+from raylm.ray_session import is_local
+from raylm.training.before_start import check_before_start, check_settings, with_absolute_paths
+from raylm.tuning.conditions import check_conditions
+from raylm.tuning.room import local_cpus, plan_room
 from raylm.tuning.space import (
     MOST_COMBINATIONS,
     Settings,
@@ -42,31 +49,66 @@ class Candidates:
     """Makes the training configurations of a sweep."""
 
     def __init__(self, config: SweepConfig, sweep_dir: Path) -> None:
-        """config: with its base in it. Raises ConfigError for a base that is wrong whatever the space says."""
-        assert isinstance(config.base, dict)
-        self.config, self.sweep_dir = config, sweep_dir
+        """Raises ConfigError for a base that is wrong whatever the space says."""
+        self._base_name = f"base {config.base}" if isinstance(config.base, str) else "base"
+        self.config, self.sweep_dir = with_base(config), sweep_dir
+        """config: with the content of the base in it."""
         self._passed: set[str] = set()
         self._check_keys()
         first = self.plain(next(iter(self._edges())))
         self.metric_name = self.metric(first)
         """What trials are compared by; `check` makes sure that it is the same for all."""
-        self.base_settings = {key: value for key, value in flat_settings(first).items() if key not in config.space}
-        for key in {name for dimensions in config.space.values() for one in dimensions for name in one.when}:
-            if key not in config.space and key not in self.base_settings:
-                raise ConfigError(f"space: when: {key}", "is no setting.", "Name a key of the training configuration.")
+        self._check_metrics(first)
+        self.base_settings = {
+            **self._own_values(),
+            **{k: v for k, v in flat_settings(first).items() if k not in config.space},
+        }
+        """Those of the base and of `set`, flat: what a setting is where the space gives it no value."""
+        check_conditions(config.space, self.base_settings)
 
     def _check_keys(self) -> None:
         named = {**{key: "space" for key in self.config.space}, **{key: "set" for key in self.config.set}}
-        for key in (key for key in OWNED if key in named):
-            raise ConfigError(f"{named[key]}.{key}", "is set by the sweep.", "Drop it.")
+        for key, where in named.items():
+            check_key(TrainConfig, key, where)
+            if key in OWNED:
+                raise ConfigError(f"{where}.{key}", "is set by the sweep.", "Drop it.")
         for key in self.config.space:
             if key in self.config.set:
                 raise ConfigError(f"set.{key}", "is in the space as well.", "Drop one.")
         ordered(self.config.space)
         base = flat_overrides(self.config.base)
         assert isinstance(base, dict)
+        for where, keys in ((self._base_name, base), ("retrain_set", self.config.retrain_set)):
+            for key in keys:
+                check_key(TrainConfig, key, where)
         if base.get("training.resume") is not None:
-            raise ConfigError("base: training.resume", "excludes a sweep, whose trials begin anew.", "Drop it.")
+            raise ConfigError(
+                f"{self._base_name}: training.resume", "excludes a sweep, whose trials begin anew.", "Drop it."
+            )
+
+    def _check_metrics(self, config: TrainConfig) -> None:
+        """Raises ConfigError for what no report of a training will have."""
+        from raylm.training.metrics import FIGURES
+
+        known = [*(name for name in FIGURES if config.data.eval or not name.startswith("eval/")), TIME, MEMORY]
+        objectives = {
+            f"search.objectives.{n}.metric": one.metric for n, one in enumerate(self.config.search.objectives)
+        }
+        for where, metric in {"metric": self.metric_name, **objectives}.items():
+            if metric in FIGURES and metric not in known:
+                raise ConfigError(where, f"{metric} needs data.eval.", "Name an evaluation file, or another metric.")
+            if metric not in known:
+                raise ConfigError(where, f"{metric!r} is no figure of a run.", nearest(metric, known))
+            if where != "metric" and metric == self.metric_name:
+                raise ConfigError(where, f"{metric} is the metric already.", "Drop it, or name another figure.")
+
+    def _own_values(self) -> dict[str, Any]:
+        """What the base has of the space; nothing where it is no training without the space."""
+        try:
+            found = flat_settings(load_config(TrainConfig, self._tree(), self.config.set))
+        except ConfigError:
+            return {}
+        return {key: found[key] for key in self.config.space if key in found}
 
     def _edges(self) -> Iterator[Settings]:
         """Before the base is known: conditions look at the raw tree."""
@@ -83,7 +125,17 @@ class Candidates:
         try:
             return load_config(TrainConfig, self._tree(), {**self.config.set, **settings})
         except ConfigError as error:
-            raise _at(settings, error) from None
+            raise self._whose(settings, error) from None
+
+    def _whose(self, settings: Mapping[str, Any], error: ConfigError) -> ConfigError:
+        """The fault of a configuration, by what it comes from: the base, `set`, or the settings of a trial."""
+        for name, overrides in {self._base_name: {}, "set": self.config.set}.items():
+            try:
+                load_config(TrainConfig, self._tree(), overrides)
+            except ConfigError as other:
+                if other.problem == error.problem:
+                    return ConfigError(name, error.problem, error.remedy)
+        return ConfigError(f"trial with {described(settings)}", error.problem, error.remedy)
 
     def build(self, number: int, settings: Mapping[str, Any]) -> TrainConfig:
         """The configuration of a trial. Raises ConfigError."""
@@ -112,8 +164,8 @@ class Candidates:
             own["cluster.use_gpu"] = resources.gpus_per_worker > 0
         try:
             return load_config(TrainConfig, self._tree(), {**self.config.set, **settings, **own})
-        except ConfigError as error:
-            raise _at(settings, error) from None
+        except ConfigError as error:  # without them it is good
+            raise ConfigError(f"trial with {described(settings)}, resources", error.problem, error.remedy) from None
 
     def retraining(self, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> TrainConfig:
         """A training with these settings, that `raylm train` runs as it is, in a folder of its own. changes: over all
@@ -134,10 +186,6 @@ class Candidates:
         metric = self.metric(config)
         if metric.startswith("eval/") and not config.data.eval:
             raise ConfigError("metric", f"{metric} needs data.eval.", "Name an evaluation file, or another metric.")
-        if not metric.startswith(("eval/", "train/", "memory/")) and metric not in (TIME, MEMORY):
-            raise ConfigError(
-                "metric", f"{metric!r} is no figure of a run.", "Such as eval/loss, train/loss, time_s or memory_gib."
-            )
         saves = config.checkpoint.interval_steps
         interval = config.training.eval_interval_steps if metric.startswith("eval/") else saves
         if interval and saves and interval % saves:
@@ -150,7 +198,9 @@ class Candidates:
         every = config.metrics.log_interval_steps
         if interval and not metric.startswith("eval/") and interval % every:
             raise ConfigError(
-                "metrics.log_interval_steps", f"{every} does not divide checkpoint.interval_steps={interval}."
+                "metrics.log_interval_steps",
+                f"{every} does not divide checkpoint.interval_steps={interval}: a report would have no figures.",
+                "Set it to 1, or change one of them.",
             )
         if self.config.scheduler.name != "none" and interval is None:
             key = "training.eval_interval_steps" if metric.startswith("eval/") else "checkpoint.interval_steps"
@@ -201,35 +251,44 @@ class Candidates:
         used so; of them, enough to have each value once are checked like the start of a training.
         """
         points = self.points() if self.config.search.name == "grid" else self.corners()
+        if not any(points):
+            raise ConfigError("space", "no `when` ever holds: all trials would be the base.", "Correct the conditions.")
         built = [self.build(number, settings) for number, settings in enumerate(points)]
+        own_cpus = local_cpus(built, self.config.concurrency) if is_local(built[0].cluster.address) else None
         metrics = {self.metric(config) for config in built}
         if len(metrics) > 1:
             raise ConfigError("metric", f"would be {' or '.join(sorted(metrics))} by the trial.", "Set metric.")
         (self.metric_name,) = metrics
         self._check_population()
-        seen: set[tuple[str, str]] = set()
-        for config, settings in zip(built, points, strict=True):
+        check_scheduler_steps(self.config.scheduler, _most_steps(built))
+        for config, settings in zip(built, points, strict=True):  # before torch is imported
+            with _named(settings):
+                check_optimizer_use(config)
+        new = list(_with_new_values(points))
+        for place in new:
+            with _named(points[place]):
+                check_settings(with_absolute_paths(built[place]))
+        for place, (config, settings) in enumerate(zip(built, points, strict=True)):
             _check_optimizer(config, settings)
-            new = {(key, repr(value)) for key, value in settings.items()} - seen
-            if new:
-                seen |= new
+            if place in new:
                 self.check_whole(config, settings)
             if self.config.retrain_best:
-                self._check_retraining(settings, whole=bool(new))
+                self._check_retraining(settings, whole=place in new)
+        if own_cpus is not None:
+            import torch
+
+            node = {"CPU": float(own_cpus), "GPU": float(torch.cuda.device_count())}
+            plan_room(built, self.config.resources, self.config.concurrency, [node])
 
     def check_whole(self, config: TrainConfig, settings: Mapping[str, Any]) -> None:
         """The checks that `raylm train` makes before it starts Ray, once for all trials that they are the same for.
         Raises RaylmError that names the trial's settings."""
-        from raylm.training.before_start import check_before_start, with_absolute_paths
-
         _check_optimizer(config, settings)
         kind = json.dumps(config.model_dump(mode="json", exclude=_NUMBERS), sort_keys=True)
         if kind in self._passed:
             return
-        try:
+        with _named(settings):
             check_before_start(with_absolute_paths(config))
-        except RaylmError as error:
-            raise _at(settings, error) from None
         self._passed.add(kind)
 
     def _check_retraining(self, settings: Mapping[str, Any], *, whole: bool) -> None:
@@ -238,7 +297,8 @@ class Candidates:
             if whole:
                 self.check_whole(config, settings)
         except RaylmError as error:
-            raise type(error)("retrain_set", f"{error.where}: {error.problem}", error.remedy) from None
+            where = "" if error.where == TrainConfig.__name__ else f"{error.where}: "
+            raise type(error)("retrain_set", f"{where}{error.problem}", error.remedy) from None
 
     def _check_population(self) -> None:
         if self.config.scheduler.name != "pbt":
@@ -248,7 +308,7 @@ class Candidates:
                 raise ConfigError(
                     f"space.{key}",
                     "cannot change within a training, as scheduler.name=pbt does.",
-                    f"What can: {', '.join(PERTURBABLE)}.",
+                    f"What can: {', '.join(f'{key}…' if key.endswith('.') else key for key in PERTURBABLE)}.",
                 )
 
 
@@ -272,15 +332,51 @@ _NUMBERS: Any = {
 
 
 def _check_optimizer(config: TrainConfig, settings: Mapping[str, Any]) -> None:
-    from raylm.optim.build import check_optimizer
-    from raylm.optim.checks import check_optimizer_use
-
-    try:
-        check_optimizer(config.optimizer)
+    with _named(settings):
         check_optimizer_use(config)
+        from raylm.optim.build import check_optimizer
+
+        check_optimizer(config.optimizer)
+
+
+@contextmanager
+def _named(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Faults are those of the trial with these settings."""
+    try:
+        yield
     except RaylmError as error:
-        raise _at(settings, error) from None
+        where = f"trial with {described(settings)}"
+        raise type(error)(where, f"{error.where}: {error.problem}", error.remedy) from None
 
 
-def _at(settings: Mapping[str, Any], error: RaylmError) -> RaylmError:
-    return type(error)(f"trial with {described(settings)}", f"{error.where}: {error.problem}", error.remedy)
+def _with_new_values(points: Sequence[Settings]) -> Iterator[int]:
+    """Places of points enough to have each value of each setting once."""
+    seen: set[tuple[str, str]] = set()
+    for place, settings in enumerate(points):
+        new = {(key, repr(value)) for key, value in settings.items()} - seen
+        if new or not place:
+            seen |= new
+            yield place
+
+
+def _most_steps(configs: Sequence[TrainConfig]) -> int | None:
+    """The most steps that any of these trainings can take, where that is known without their data, and a step is the
+    same for all."""
+    limits = [config.training.max_steps for config in configs]
+    batches = [(config.training.global_batch_size, config.data) for config in configs]
+    if None in limits or any(other != batches[0] for other in batches):
+        return None
+    return max(limit for limit in limits if limit is not None)
+
+
+def check_scheduler_steps(section: SchedulerSection, most: int | None) -> None:
+    """Raises ConfigError for a scheduler that would never do anything: its first step is beyond all trials. most:
+    steps of the longest one, where they are known."""
+    for name in ("grace_steps", "interval_steps"):
+        steps = getattr(section, name)
+        if most is not None and steps is not None and steps >= most:
+            raise ConfigError(
+                f"scheduler.{name}",
+                f"{steps} is no step before the end of any trial: the longest takes {most} steps.",
+                f"Set it below {most}.",
+            )

@@ -18,4 +18,7 @@ def export_checkpoint(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # in the middle of the sweep's lines
     export_checkpoint(Path(sys.argv[1]))

@@ -24,7 +24,8 @@ ENDED = ("finished", "stopped", "failed")
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A trial's figures at a step where its metric is known. settings: those it was trained with by then."""
+    """A trial's figures at a step where its metric is known. settings: those it was trained with by then; step_tokens:
+    of a step on average, 0 where that was not noted."""
 
     step: int
     value: float
@@ -32,11 +33,13 @@ class Report:
     seconds: float
     figures: Mapping[str, float]
     settings: Mapping[str, Any]
+    step_tokens: float = 0.0
 
 
 @dataclass(slots=True)
 class Trial:
-    """One trial. state: one of ENDED, else `running` or `unfinished`; reason: why it failed; num_steps: planned."""
+    """One trial. state: one of ENDED, else `running` or `unfinished`; reason: why it failed, or ended early;
+    num_steps: planned; lacking: sinks that did not get all of its figures, and what each said."""
 
     number: int
     settings: Settings
@@ -44,6 +47,7 @@ class Trial:
     reason: str = ""
     reports: list[Report] = field(default_factory=list)
     num_steps: int | None = None
+    lacking: dict[str, str] = field(default_factory=dict)
     copied_from: list[tuple[int, int]] = field(default_factory=list)
     """(trial, step) whose checkpoints it went on from, of population based training."""
     copied_after: list[int] = field(default_factory=list)
@@ -184,11 +188,11 @@ def _apply(state: SweepState, line: Mapping[str, Any]) -> None:
     if event == "trial":
         state.trials[line["number"]] = Trial(line["number"], dict(line["settings"]))
         return
-    if event not in ("start", "report", "end", "copy"):
+    if event not in ("start", "report", "end", "copy", "lacking"):
         return
     trial = state.trials[line["number"]]
     if event == "start":
-        trial.state, trial.reason, trial.num_steps = "running", "", line.get("num_steps")
+        trial.state, trial.reason, trial.num_steps, trial.lacking = "running", "", line.get("num_steps"), {}
     elif event == "report":
         value = line["value"]
         report = Report(
@@ -198,9 +202,12 @@ def _apply(state: SweepState, line: Mapping[str, Any]) -> None:
             line["seconds"],
             line["figures"],
             dict(trial.settings),
+            line.get("step_tokens", 0.0),
         )
         trial.reports.append(report)
         trial.num_steps = line.get("num_steps", trial.num_steps)
+    elif event == "lacking":
+        trial.lacking = dict(line["sinks"])
     elif event == "copy":
         trial.settings = dict(line["settings"])
         trial.copied_from.append((line["source"], line["step"]))

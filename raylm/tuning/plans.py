@@ -36,10 +36,28 @@ class TrialPlan:
 
 @dataclass(frozen=True, slots=True)
 class SweepJob:
-    """What all trials share. data: prepared datasets by `data_key`."""
+    """What all trials share. data: prepared datasets by `data_key`; unit: tokens of the smallest step that a trial is
+    known to take, see `progress`."""
 
     sweep_dir: str
     data: Mapping[str, Any]
+    unit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How far the trials of a sweep go, in steps of `unit` tokens (see `progress`). max_steps: of the longest;
+    interval: between the reports of the one that reports most often, None for reports at the end only."""
+
+    max_steps: int
+    interval: float | None
+    unit: float
+
+
+def progress(step: int, step_tokens: float, unit: float) -> float:
+    """How far a trial has come, in steps of `unit` tokens: what schedulers compare trials at. Equal to `step` where
+    the steps of all trials are alike; one of larger batches or longer rows has come further by the same step."""
+    return step * round(step_tokens / unit, 2) if step_tokens and unit else step
 
 
 def plan_file(sweep_dir: Path, number: int) -> Path:

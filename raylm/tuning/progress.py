@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from raylm.training.metrics import METRICS_FILE, Tail, read_events
 from raylm.tuning.journal import Trial
 from raylm.tuning.space import described
+from raylm.words import counted
 
 if TYPE_CHECKING:
     from raylm.tuning.session import Session
@@ -100,7 +101,7 @@ class SweepView:
         states = [trial.state for trial in session.state.trials.values()]
         parts = [f"{states.count(name)} {name}" for name in dict.fromkeys(sorted(states))]
         total = session.num_trials
-        head = f"{len(states)} of {total} trials" if total else f"{len(states)} trials"
+        head = f"{len(states)} of {counted(total, 'trial')}" if total else counted(len(states), "trial")
         best = session.state.best(session.config.mode)
         shown = f"; best {best[1].value:.4g} (trial {best[0].number}, step {best[1].step})" if best else ""
         left = self._left()
@@ -113,6 +114,8 @@ class SweepView:
         if not done or session.num_trials is None:
             return ""
         open_trials = session.num_trials - sum(trial.has_ended for trial in session.state.trials.values())
+        if not open_trials:
+            return ""
         limit = session.config.budget.time_s
         seconds = open_trials * session.seconds_here / done
         return _clock(seconds if limit is None else min(seconds, max(0.0, limit - session.seconds)))
@@ -131,15 +134,8 @@ class _Lines:
             for row in view.rows():
                 if row[2] not in ("finished", "stopped", "failed"):
                     number, settings, state, step, value, left = row
-                    logger.info(
-                        "  trial %s %s, step %s %s %s%s",
-                        number,
-                        state,
-                        step,
-                        value,
-                        settings,
-                        left and f", {left} left",
-                    )
+                    figures = [f"{state}, step {step}", value and f"best {value}", left and f"{left} left"]
+                    logger.info("  trial %s: %s (%s)", number, ", ".join(filter(None, figures)), settings)
 
     def close(self, view: SweepView) -> None:
         logger.info("%s", view.summary())

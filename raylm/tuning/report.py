@@ -11,7 +11,7 @@ from raylm.tuning.candidates import Candidates
 from raylm.tuning.charts import draw_importances, draw_losses, draw_parallel, draw_rates
 from raylm.tuning.importance import importances
 from raylm.tuning.journal import SweepState
-from raylm.tuning.results import pareto_front, ranked, setting_keys
+from raylm.tuning.results import pareto_front, ranked, remark, setting_keys
 from raylm.tuning.space import described, shown
 from raylm.tuning.tpe import objective_value
 
@@ -95,7 +95,7 @@ def _trials(candidates: Candidates, state: SweepState) -> Table:
                 f"{last.value:.5g}" if last else "",
                 str(last.step) if last else "",
                 *(shown(settings[key]) if key in settings else "" for key in keys),
-                f"{trial.state}: {trial.reason}" if trial.reason else trial.state,
+                ": ".join(filter(None, [trial.state, remark(trial)])),
             ]
         )
     return Table(rows or [[""]], ["trial", "best", "at step", "last", "at step", *keys, "state"])

@@ -45,6 +45,8 @@ class SweepResult:
     export_dir: str | None
     retrained_dir: str | None
     states: dict[str, int]
+    lacking: dict[str, list[int]]
+    """Sink -> trials that it did not get all figures of."""
     results: str
     report: str
     interrupted: bool
@@ -78,13 +80,19 @@ def write_results(candidates: Candidates, state: SweepState) -> Path:
         row = [trial.number, trial.state, *_pair(best), *_pair(last), trial.tokens, last.seconds if last else None]
         row += [*figures, *([trial.number in front] if extra else [])]
         settings = best.settings if best else trial.settings
-        cells = [*row, *(_cell(settings[key]) if key in settings else None for key in keys), trial.reason]
+        cells = [*row, *(_cell(settings[key]) if key in settings else None for key in keys), remark(trial)]
         writer.writerow(["" if cell is None else cell for cell in cells])
     path = candidates.sweep_dir / RESULTS_FILE
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(text.getvalue(), encoding="utf-8")
     partial.rename(path)
     return path
+
+
+def remark(trial: Trial) -> str:
+    """Why a trial failed or ended early, and which sinks lack figures of it."""
+    lacking = (f"{sink} lacks figures ({problem})" for sink, problem in trial.lacking.items())
+    return "; ".join(filter(None, [trial.reason, *lacking]))
 
 
 def _pair(report: Report | None) -> list[Any]:
@@ -228,8 +236,17 @@ def finish_sweep(candidates: Candidates, state: SweepState, *, interrupted: bool
         export_dir=best.export_dir if best else None,
         retrained_dir=retrained,
         states=dict(Counter(trial.state for trial in state.trials.values())),
+        lacking=_lacking(state),
         results=str(results),
         report=str(report),
         interrupted=interrupted,
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _lacking(state: SweepState) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for trial in state.trials.values():
+        for sink in trial.lacking:
+            found.setdefault(sink, []).append(trial.number)
+    return found

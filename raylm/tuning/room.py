@@ -8,6 +8,7 @@ from typing import Any, Literal
 from raylm.config import TrainConfig
 from raylm.config.sweep import ResourcesSection
 from raylm.errors import ClusterError
+from raylm.words import counted
 
 DATA_CPUS = 1
 """Of each trial, for its stream of packed rows."""
@@ -48,7 +49,7 @@ def local_cpus(configs: Sequence[TrainConfig], concurrency: int | Literal["auto"
     if workers * cpus > cores:
         raise ClusterError(
             "resources",
-            f"a trial takes {workers} x {cpus} CPUs, this machine has {cores}.",
+            f"a trial takes {counted(workers * cpus, 'CPU')}, {cpus} a worker, and this machine has {cores}.",
             "Ask for fewer workers or CPUs, or set cluster.address in the base.",
         )
     wanted = max(1, cores // (workers * cpus)) if concurrency == "auto" else concurrency
@@ -74,7 +75,7 @@ def plan_room(
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         raise ClusterError(
             "resources",
-            f"no node has {cpus} CPUs and {gpus:g} GPUs, which one worker takes.",
+            f"no node has {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')}, which one worker takes.",
             "Lower resources.cpus_per_worker or resources.gpus_per_worker.",
         )
     needed = workers * cpus + DATA_CPUS
@@ -84,15 +85,16 @@ def plan_room(
     if room < 1:
         raise ClusterError(
             "resources",
-            f"a trial takes {needed} CPUs ({DATA_CPUS} of them for its data) and {workers * gpus:g} GPUs, the cluster "
-            f"has {total_cpus} and {total_gpus:g}, room for {slots} workers on its nodes.",
+            f"a trial takes {counted(needed, 'CPU')} ({DATA_CPUS} of them for its data) and "
+            f"{counted(workers * gpus, 'GPU')}, the cluster has {total_cpus} and {total_gpus:g}, room for "
+            f"{counted(slots, 'worker')} on its nodes.",
             "Ask for fewer workers, CPUs or GPUs.",
         )
     if concurrency != "auto" and concurrency > room:
         raise ClusterError(
             "concurrency",
-            f"{concurrency} trials at a time take {concurrency * needed} CPUs and {concurrency * workers * gpus:g} "
-            f"GPUs, the cluster has {total_cpus} and {total_gpus:g}.",
+            f"{counted(concurrency, 'trial')} at a time: {counted(concurrency * needed, 'CPU')} and "
+            f"{counted(concurrency * workers * gpus, 'GPU')} needed, the cluster has {total_cpus} and {total_gpus:g}.",
             f"Set concurrency={room}, or lower resources.",
         )
     return Room(workers, cpus, gpus, room if concurrency == "auto" else concurrency)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from raylm.config import SweepConfig, TrainConfig, load_config
-from raylm.errors import ConfigError, RunDirError
-from raylm.ray_session import inside_ray_job, ray_session
-from raylm.tuning.candidates import Candidates, with_base
+from raylm.errors import ConfigError, RaylmError, RunDirError
+from raylm.ray_session import inside_ray_job, is_local, ray_session
+from raylm.tuning.candidates import Candidates, check_scheduler_steps, with_base
 from raylm.tuning.journal import Journal, SweepState, read_journal
-from raylm.tuning.plans import SweepJob, data_key
+from raylm.tuning.plans import Extent, SweepJob, data_key, progress
 from raylm.tuning.results import SweepResult, finish_sweep
 from raylm.tuning.room import local_cpus, plan_room
 from raylm.tuning.search import Search, make_search
@@ -47,10 +47,11 @@ class SweepOutline:
     """Settings of the first trials; optuna chooses those after its start-up by what came before."""
 
 
-def outline_sweep(config: SweepConfig) -> SweepOutline:
-    """Makes all checks of a sweep and starts nothing. Raises RaylmError."""
-    config = with_base(config)
-    candidates, search = _checked(config, _locate(config))
+def outline_sweep(config: SweepConfig, source: str = "") -> SweepOutline:
+    """Makes all checks of a sweep and starts nothing. source: file of the configuration, which errors name. Raises
+    RaylmError."""
+    _check_free(_locate(config))
+    candidates, search = _checked(config, _locate(config), source)
     limits = [limit for limit in (config.budget.trials, search.size) if limit is not None]
     trials = min(limits, default=None)
     shown = [search.suggest(number, SweepState()) for number in range(min(trials or 8, 8))]
@@ -58,20 +59,20 @@ def outline_sweep(config: SweepConfig) -> SweepOutline:
     return SweepOutline(str(candidates.sweep_dir), candidates.metric_name, config.mode, trials, settings)
 
 
-def run_sweep(config: SweepConfig) -> SweepResult:
-    """Runs a new sweep. Raises RaylmError for what is wrong, before Ray starts where the configuration shows it."""
-    config = with_base(config)
+def run_sweep(config: SweepConfig, source: str = "") -> SweepResult:
+    """Runs a new sweep. source: file of the configuration, which errors name. Raises RaylmError for what is wrong,
+    before Ray starts where the configuration shows it."""
     sweep_dir = _locate(config)
     _check_free(sweep_dir)
-    candidates, search = _checked(config, sweep_dir)
+    candidates, search = _checked(config, sweep_dir, source)
     try:
         sweep_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirError(str(sweep_dir), f"cannot be written: {error.strerror}.", "Choose another dir.") from None
     with _alone(sweep_dir):
         _check_free(sweep_dir)  # again: another may have begun there meanwhile
-        _write_config(sweep_dir, config)
-        return _run(candidates, search, retry_failed=False)
+        _write_config(sweep_dir, candidates.config)
+        return _run(candidates, search, source, retry_failed=False)
 
 
 def _check_free(sweep_dir: Path) -> None:
@@ -128,9 +129,10 @@ def _resume(folder: Path, overrides: Any, config: SweepConfig | None, *, retry_f
                 "differs from what the sweep began with.",
                 f"Set it back, or begin a new sweep. What may change: {', '.join(_MAY_CHANGE)}.",
             )
-    candidates, search = _checked(resumed, folder)
+    source = str(folder / SWEEP_FILE)
+    candidates, search = _checked(resumed, folder, source)
     _write_config(folder, resumed)
-    return _run(candidates, search, retry_failed=retry_failed)
+    return _run(candidates, search, source, retry_failed=retry_failed)
 
 
 def _write_config(sweep_dir: Path, config: SweepConfig) -> None:
@@ -149,60 +151,69 @@ def _locate(config: SweepConfig) -> Path:
     return Path(os.path.abspath(path))
 
 
-def _checked(config: SweepConfig, sweep_dir: Path) -> tuple[Candidates, Search]:
-    candidates = Candidates(config, sweep_dir)
-    candidates.check()
-    return candidates, make_search(candidates)
+def _checked(config: SweepConfig, sweep_dir: Path, source: str) -> tuple[Candidates, Search]:
+    with _in_file(source):
+        candidates = Candidates(config, sweep_dir)
+        candidates.check()
+        return candidates, make_search(candidates)
 
 
-def _run(candidates: Candidates, search: Search, *, retry_failed: bool) -> SweepResult:
+@contextmanager
+def _in_file(source: str) -> Iterator[None]:
+    """Faults are those of this file."""
+    try:
+        yield
+    except RaylmError as error:
+        if not source or error.where.startswith(source):
+            raise
+        raise type(error)(f"{source}: {error.where}", error.problem, error.remedy) from None
+
+
+def _run(candidates: Candidates, search: Search, source: str, *, retry_failed: bool) -> SweepResult:
     sweep_dir = candidates.sweep_dir
     started = time.monotonic()
     built = _known_configs(candidates)
     journal = Journal(sweep_dir)
     try:
-        interrupted = _run_trials(candidates, search, journal, built, retry_failed=retry_failed)
+        interrupted = _run_trials(candidates, search, journal, built, source, retry_failed=retry_failed)
         return finish_sweep(candidates, journal.state, interrupted=interrupted, started=started)
     finally:
         journal.close()
 
 
 def _run_trials(
-    candidates: Candidates, search: Search, journal: Journal, built: Sequence[TrainConfig], *, retry_failed: bool
+    candidates: Candidates,
+    search: Search,
+    journal: Journal,
+    built: Sequence[TrainConfig],
+    source: str,
+    *,
+    retry_failed: bool,
 ) -> bool:
     config, address = candidates.config, built[0].cluster.address
-    num_cpus = local_cpus(built, config.concurrency) if _is_local(address) else 1
+    num_cpus = local_cpus(built, config.concurrency) if is_local(address) else 1
     with ray_session(address, num_cpus=num_cpus) as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        room = plan_room(built, config.resources, config.concurrency, nodes)
+        with _in_file(source):
+            room = plan_room(built, config.resources, config.concurrency, nodes)
         session = Session(candidates, search, journal, room, retry_failed=retry_failed)
         if not session.has_more():
             logger.info("no trial is left to run")
             return False
         data = _prepare(candidates, built)
+        extent = extent_of(candidates, built, data)
+        with _in_file(source):
+            check_scheduler_steps(config.scheduler, extent.max_steps)
         from raylm.tuning.progress import watch_sweep
         from raylm.tuning.tune_run import run_on_tune
 
-        max_steps = max(steps for _, steps in data.values())
-        job = SweepJob(str(candidates.sweep_dir), {key: prepared for key, (prepared, _) in data.items()})
+        job = SweepJob(str(candidates.sweep_dir), data, extent.unit)
         try:
             with _end_on_signal(session), watch_sweep(session):
-                run_on_tune(
-                    session,
-                    job,
-                    interval=candidates.report_interval(built[0]),
-                    max_steps=max_steps,
-                    concurrency=room.concurrency,
-                )
+                run_on_tune(session, job, extent, concurrency=room.concurrency)
         finally:
             session.close()
         return session.interrupted
-
-
-def _is_local(address: str | None) -> bool:
-    import ray
-
-    return not (ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
 
 
 def _known_configs(candidates: Candidates) -> list[TrainConfig]:
@@ -211,22 +222,46 @@ def _known_configs(candidates: Candidates) -> list[TrainConfig]:
     return [candidates.build(number, settings) for number, settings in enumerate(points)]
 
 
-def _prepare(candidates: Candidates, built: Sequence[TrainConfig]) -> dict[str, tuple[Any, int]]:
-    """Tokenises what the trials will read, once: prepared data and the most steps over them, by key."""
+def _prepare(candidates: Candidates, built: Sequence[TrainConfig]) -> dict[str, Any]:
+    """Tokenises what the trials will read, once: prepared data by key."""
     from raylm.training.before_start import check_before_start, with_absolute_paths
-    from raylm.training.datasets import order_of, prepare_data
+    from raylm.training.datasets import prepare_data
 
-    found: dict[str, tuple[Any, int]] = {}
+    found: dict[str, Any] = {}
     for config in built:
         key = data_key(with_absolute_paths(config))
         if key not in found and len(found) < _MOST_DATASETS:
             absolute = with_absolute_paths(config)
             folder = candidates.sweep_dir / "data" / key
             folder.mkdir(parents=True, exist_ok=True)
-            data = prepare_data(absolute, check_before_start(absolute), folder)
-            plan = order_of(absolute, data.store.lengths, data.store.weights)
-            found[key] = data, plan.num_steps
+            found[key] = prepare_data(absolute, check_before_start(absolute), folder)
     return found
+
+
+def extent_of(candidates: Candidates, built: Sequence[TrainConfig], data: Mapping[str, Any]) -> Extent:
+    """How far the trainings of a sweep go: epochs, batches, data and lengths may all differ. data: prepared, by key;
+    trainings over others are left out."""
+    from raylm.training.before_start import with_absolute_paths
+    from raylm.training.datasets import order_of
+
+    plans: dict[str, tuple[int, float]] = {}
+    intervals: dict[str, int | None] = {}
+    for config in built:
+        key = data_key(with_absolute_paths(config))
+        if key not in data:
+            continue
+        training = (config.training.num_epochs, config.training.max_steps, config.training.global_batch_size)
+        kind = f"{key} {config.data.packing} {training} {candidates.report_interval(config)}"
+        if kind not in plans:
+            store = data[key].store
+            plan = order_of(config, store.lengths, store.weights)
+            plans[kind] = plan.num_steps, plan.tokens_per_step(store.lengths)
+            intervals[kind] = candidates.report_interval(config)
+    unit = min(tokens for _, tokens in plans.values())
+    known = [progress(every, plans[kind][1], unit) for kind, every in intervals.items() if every]
+    return Extent(
+        round(max(progress(steps, tokens, unit) for steps, tokens in plans.values())), min(known, default=None), unit
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ STOPPING_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A report. is_last: the training has ended by itself; is_new: it has a step that was not reported before."""
+    """A report. step_tokens: of a step on average; is_last: the training has ended by itself; is_new: it has a step
+    that was not reported before."""
 
     step: int
     value: float
@@ -38,6 +39,7 @@ class Progress:
     seconds: float
     figures: dict[str, float]
     num_steps: int
+    step_tokens: float
     is_last: bool
     is_new: bool = True
 
@@ -56,6 +58,7 @@ class RunningTrial:
         self._reported = plan.reported if rewind_to is None else rewind_to
         self._newest: Progress | None = None
         self._num_steps: int | None = None
+        self._step_tokens = 0.0
         self._error: BaseException | None = None
         self._hold_at(self._reported)
         self._thread = threading.Thread(target=self._train, name="raylm-trial", daemon=True)
@@ -128,6 +131,7 @@ class RunningTrial:
 
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # trials are short
         config, run = self._config, self._run
+        deadline = None if config.training.max_time_s is None else time.time() + config.training.max_time_s
         data = self._job.data.get(data_key(config)) or self._prepare_alone()
         copied = copy_folder(self._sweep_dir, self._plan.number)
         for source in list_checkpoints(copied):
@@ -138,11 +142,13 @@ class RunningTrial:
         if copied.is_dir():
             copied.rmdir()
         plan = order_of(config, data.store.lengths, data.store.weights)
-        job = make_job(config, run, data, plan)
+        job = replace(make_job(config, run, data, plan), deadline=deadline)
+        self._step_tokens = plan.tokens_per_step(data.store.lengths)
         self._num_steps = plan.num_steps
         resources = Resources(**self._plan.resources)
         fit(job, TrainData(ray.put(data.store), ray.put(plan), data.evaluation), resources)
-        EventsWriter(run.path).write("done")
+        reason = {"reason": run.stopped.read_text()} if run.stopped.is_file() else {}
+        EventsWriter(run.path).write("stopped" if reason else "done", **reason)
         hold(run.path, None)
 
     def _prepare_alone(self) -> Any:
@@ -165,7 +171,7 @@ class RunningTrial:
         self._reported = step
         tokens, seconds = self._figures.totals(step)
         assert self._num_steps is not None
-        self._newest = Progress(step, value, tokens, seconds, found, self._num_steps, is_last)
+        self._newest = Progress(step, value, tokens, seconds, found, self._num_steps, self._step_tokens, is_last)
         return self._newest
 
     def _ended(self) -> Progress:
@@ -176,8 +182,7 @@ class RunningTrial:
             newest = newest_checkpoint(self._run.checkpoints)
             step = read_meta(newest).step if newest else 0
             raise TrainingError(f"step {step}", f"the training ended without {self._plan.metric}.")
-        last = self._newest
-        return Progress(last.step, last.value, last.tokens, last.seconds, last.figures, last.num_steps, True, False)
+        return replace(self._newest, is_last=True, is_new=False)
 
 
 class _Figures:

@@ -5,7 +5,8 @@ their rungs and medians are those of one sweep; `hyperband` and `pbt` begin anew
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +21,9 @@ from ray.tune.schedulers import (
 
 from raylm.config.sweep import SchedulerSection
 from raylm.tuning.journal import SweepState, Trial
+from raylm.tuning.plans import Extent, progress
 
-STEP, VALUE = "step", "value"
+STEP, PROGRESS, VALUE = "step", "progress", "value"
 _NOBODY = SimpleNamespace(get_live_trials=list, search_alg=None)
 """Stands for Tune's controller while the past is told, when nothing can be paused."""
 
@@ -37,32 +39,34 @@ def make_scheduler(
     section: SchedulerSection,
     *,
     mode: str,
-    interval: int | None,
-    max_steps: int,
+    extent: Extent,
     state: SweepState,
+    again: Collection[int],
     report: Report,
     exchange: Exchange,
 ) -> TrialScheduler:
-    """The scheduler of a section. interval: steps between reports; max_steps: of the longest trial."""
-    first = section.grace_steps or interval or 1
-    common = {"time_attr": STEP, "metric": VALUE, "mode": mode}
+    """The scheduler of a section. extent: how far trials go; again: numbers of former trials that go on."""
+    first = section.grace_steps or extent.interval or 1
+    max_steps = section.max_steps or extent.max_steps
+    common = {"time_attr": PROGRESS, "metric": VALUE, "mode": mode}
+    former = _FormerTrials(state, again, extent.unit)
     makers: Mapping[str, Callable[[], TrialScheduler]] = {
         "none": FIFOScheduler,
         "asha": lambda: _remembering(AsyncHyperBandScheduler)(
-            state,
+            former,
             **common,
-            grace_period=min(first, section.max_steps or max_steps),
-            max_t=section.max_steps or max_steps,
+            grace_period=min(first, max_steps),
+            max_t=max_steps,
             reduction_factor=section.reduction_factor,
             brackets=section.brackets,
             stop_last_trials=False,
         ),
         "median_stop": lambda: _remembering(MedianStop)(
-            state, **common, grace_period=first, min_samples_required=section.min_trials
+            former, **common, grace_period=first, min_samples_required=section.min_trials
         ),
         "hyperband": lambda: HyperBandScheduler(
             **common,
-            max_t=section.max_steps or max_steps,
+            max_t=max_steps,
             reduction_factor=section.reduction_factor,
             stop_last_trials=False,
         ),
@@ -70,11 +74,25 @@ def make_scheduler(
             report,
             exchange,
             **common,
-            perturbation_interval=section.interval_steps or interval or 1,
+            perturbation_interval=section.interval_steps or extent.interval or 1,
             quantile_fraction=section.quantile,
         ),
     }
     return makers[section.name]()
+
+
+@dataclass(frozen=True, slots=True)
+class _FormerTrials:
+    """Trials with reports, when a session begins. again: numbers of those that go on."""
+
+    state: SweepState
+    again: Collection[int]
+    unit: float
+
+    def reports_of(self, trial: Trial) -> Iterator[dict[str, float]]:
+        """As the scheduler had them."""
+        for report in list(trial.reports):
+            yield {PROGRESS: progress(report.step, report.step_tokens, self.unit), VALUE: report.value}
 
 
 class _Former:
@@ -85,33 +103,42 @@ class _Former:
 
 
 def _remembering(kind: type[TrialScheduler]) -> Any:
-    """A scheduler that knows what trials reported in former sessions."""
+    """A scheduler that knows what trials reported in former sessions: also those that failed afterwards, as it would
+    within one session."""
 
     class Remembering(kind):
-        def __init__(self, state: SweepState, **options: Any) -> None:
+        def __init__(self, former: _FormerTrials, **options: Any) -> None:
             super().__init__(**options)
-            self._former = {number: trial for number, trial in state.trials.items() if trial.reports}
-            for trial in list(self._former.values()):
-                if trial.has_ended and trial.state != "failed":
-                    stand_in = _Former(trial.number)
+            self._former = former
+            self._trials = {number: trial for number, trial in former.state.trials.items() if trial.reports}
+            for number, trial in self._trials.items():
+                if number not in former.again:
+                    stand_in = _Former(number)
                     super().on_trial_add(_NOBODY, stand_in)
                     self._tell(stand_in, trial)
 
         def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
             super().on_trial_add(tune_controller, trial)
-            former = self._former.get(trial.config["number"])
-            if former is not None and not former.has_ended:
-                self._tell(trial, former)
+            number = trial.config["number"]
+            if number in self._trials and number in self._former.again:
+                self._tell(trial, self._trials[number])
 
         def _tell(self, stand_in: Any, trial: Trial) -> None:
-            for report in trial.reports:
-                super().on_trial_result(_NOBODY, stand_in, {STEP: report.step, VALUE: report.value})
+            for report in self._former.reports_of(trial):
+                super().on_trial_result(_NOBODY, stand_in, report)
 
     return Remembering
 
 
 class MedianStop(MedianStoppingRule):
-    """A trial with too few others to compare with goes on: a pause would end its processes for nothing."""
+    """A trial with too few others to compare with goes on: a pause would end its processes for nothing. The last
+    report of a trial counts once in its mean."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Ray Tune tells the last report again."""
+        known = self._results[trial]
+        if PROGRESS in result and (not known or known[-1][PROGRESS] != result[PROGRESS]):
+            super().on_trial_complete(tune_controller, trial, result)
 
     def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
         return str(TrialScheduler.CONTINUE)

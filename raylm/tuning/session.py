@@ -11,7 +11,8 @@ from typing import Any
 from raylm.config import TrainConfig
 from raylm.errors import RaylmError
 from raylm.training.checkpoint import checkpoint_name
-from raylm.training.stopping import STOP_FILE
+from raylm.training.run_dir import RunDir
+from raylm.training.stopping import DESCRIPTIONS, STOP_FILE, Stop
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Journal, SweepState
 from raylm.tuning.pins import drop_checkpoints, link_checkpoint, newest_pin, pin_path, settle_best
@@ -74,6 +75,11 @@ class Session:
     def trial_dir(self, number: int) -> Path:
         """The run directory of a trial."""
         return self._candidates.trial_dir(number)
+
+    @property
+    def going_on(self) -> frozenset[int]:
+        """Former trials that are still to go on."""
+        return frozenset(self._waiting)
 
     @property
     def num_trials(self) -> int | None:
@@ -161,7 +167,7 @@ class Session:
             self._noted.discard(number)
         elif result.get("is_new"):
             self._failures = 0
-            names = ("step", "value", "tokens", "seconds", "figures", "num_steps")
+            names = ("step", "value", "tokens", "seconds", "figures", "num_steps", "step_tokens")
             self._journal.write("report", number=number, **{name: result[name] for name in names})
             self._settle(number)
 
@@ -172,6 +178,8 @@ class Session:
 
     def ended(self, number: int, state: str, reason: str = "") -> None:
         """A trial has ended; frees what it need not keep on the disk."""
+        if state == "finished":
+            state, reason = self._early_end(number)
         self.ended_here += 1
         self._failures += state == "failed" and not self.state.trials[number].reports
         if self.num_trials is None and self._failures == MOST_FAILURES:
@@ -185,14 +193,24 @@ class Session:
         shown = f", {last.value:.4g} at step {last.step}" if last else ""
         logger.info("trial %d %s%s%s", number, state, shown, f": {reason}" if reason else "")
 
+    def _early_end(self, number: int) -> tuple[str, str]:
+        """State and reason of a trial whose training has ended by itself, perhaps before its last step."""
+        trial, file = self.state.trials[number], RunDir(self._candidates.trial_dir(number)).stopped
+        reason = file.read_text() if file.is_file() and trial.last and trial.last.step != trial.num_steps else ""
+        failure = self._trackers.failure(number)
+        if failure and reason == DESCRIPTIONS[Stop.REQUESTED]:
+            return "failed", failure
+        return "finished", reason
+
     def close(self) -> None:
-        """No trial runs any more: those that did not end are unfinished. Frees the disk, and lets trackers have what
-        they lack."""
+        """No trial runs any more: those that did not end are unfinished. Frees the disk, lets trackers have what they
+        lack, and notes what they do not take."""
         self.state.seconds = self.seconds
         for trial in self.state.trials.values():
             trial.state = "unfinished" if trial.state == "running" else trial.state
         self.free_disk()
-        self._trackers.close()
+        for number, sinks in self._trackers.close().items():
+            self._journal.write("lacking", number=number, sinks=sinks)
 
     def failed(self, number: int, otherwise: str) -> None:
         """A trial has ended with an error. otherwise: the reason when its process left none."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from raylm.config.space import DimensionSection
 from raylm.errors import ConfigError
-from raylm.optim.table import OPTIMIZERS
+from raylm.optim.table import optimizer_row
 
 Settings = dict[str, Any]
 Space = Mapping[str, Sequence[DimensionSection]]
@@ -44,20 +44,18 @@ def active(alternatives: Sequence[DimensionSection], settings: Mapping[str, Any]
     """
     values = {**base, **settings}
     for dimension in alternatives:
-        if all(_holds(values.get(key), wanted) for key, wanted in dimension.when.items()):
+        if all(holds(values.get(key), wanted) for key, wanted in dimension.when.items()):
             return _suggested(dimension, str(values.get(OPTIMIZER_KEY))) if dimension.suggested else dimension
     return None
 
 
-def _holds(value: Any, wanted: Any) -> bool:
+def holds(value: Any, wanted: Any) -> bool:
+    """Whether a setting is what a condition wants: the value, or one of several."""
     return value in wanted if isinstance(wanted, list | tuple) else value == wanted
 
 
 def _suggested(dimension: DimensionSection, optimizer: str) -> DimensionSection:
-    from raylm.optim.build import optimizer_row
-
-    row = OPTIMIZERS[optimizer] if optimizer in OPTIMIZERS else optimizer_row(optimizer)
-    return DimensionSection(loguniform=row.learning_rates, points=dimension.points)
+    return DimensionSection(loguniform=optimizer_row(optimizer).learning_rates, points=dimension.points)
 
 
 def combinations(

@@ -10,7 +10,7 @@ from typing import Any
 from ray.tune import Trainable
 
 from raylm.errors import ClusterError, RaylmError
-from raylm.tuning.plans import PLANS_FOLDER, SweepJob, failure_file, read_plan
+from raylm.tuning.plans import PLANS_FOLDER, SweepJob, failure_file, progress, read_plan
 from raylm.tuning.running import RunningTrial, failure_reason
 
 
@@ -55,6 +55,8 @@ class SweepTrial(Trainable):
             "seconds": found.seconds,
             "figures": found.figures,
             "num_steps": found.num_steps,
+            "step_tokens": found.step_tokens,
+            "progress": progress(found.step, found.step_tokens, self._job.unit),
             "is_new": found.is_new,
             "ended": found.is_last,
             "done": found.is_last,

@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 from raylm.ray_session import environment_variables
 from raylm.training.ray_trainer import free_group
 from raylm.training.run_dir import RunDir
-from raylm.tuning.plans import SweepJob
+from raylm.tuning.plans import Extent, SweepJob
 from raylm.tuning.schedulers import WAITING, make_scheduler, seed_schedulers
 from raylm.tuning.session import Session
 from raylm.tuning.trainable import SweepTrial
@@ -28,17 +28,17 @@ _TUNE_ENVIRONMENT = {
 }
 
 
-def run_on_tune(session: Session, job: SweepJob, *, interval: int | None, max_steps: int, concurrency: int) -> None:
-    """Runs trials until the session has no more. interval: steps between reports; max_steps: of the longest trial."""
+def run_on_tune(session: Session, job: SweepJob, extent: Extent, *, concurrency: int) -> None:
+    """Runs trials until the session has no more. extent: how far they go."""
     section = session.config.scheduler
     waits = section.name in WAITING
     seed_schedulers(session.config.seed)
     scheduler = make_scheduler(
         section,
         mode=session.config.mode,
-        interval=interval,
-        max_steps=max_steps,
+        extent=extent,
         state=session.state,
+        again=session.going_on,
         report=session.note,
         exchange=session.exchange,
     )

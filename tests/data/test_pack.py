@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,7 @@ def test_without_shuffling_the_order_of_the_files_is_kept() -> None:
 def test_steps_cover_each_epoch_once_with_a_short_last_batch() -> None:
     run = plan_run(np.full(10, 8), max_seq_len=8, packing=True, shuffle=True, seed=0, num_epochs=2, global_batch_size=4)
     assert run.num_steps == 6
+    assert run.tokens_per_step(np.full(10, 8)) == pytest.approx(80 / 3)
     for epoch in range(2):
         rows = [run.row(step, place) for step in range(epoch * 3, epoch * 3 + 3) for place in range(4)]
         assert {e for e, _ in rows} == {epoch}

@@ -204,6 +204,48 @@ def test_a_lost_worker_costs_its_trial_and_no_other(sweep_file: Callable[..., Pa
     assert [report.step for report in read_journal(folder).trials[0].reports] == [3, 6, 9, 12]
 
 
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("setting", "state", "reason"),
+    [
+        ({"training.max_time_s": 0.01}, "finished", "training.max_time_s is over"),
+        (
+            {
+                "metrics": {
+                    "sinks": ["mlflow"],
+                    "mlflow": {"tracking_uri": "http://127.0.0.1:9"},
+                    "on_sink_failure": "stop",
+                },
+                "training.max_steps": 2000,
+                "training.num_epochs": 999,
+            },
+            "failed",
+            "mlflow takes no figures (metrics.on_sink_failure=stop)",
+        ),
+    ],
+)
+def test_a_trial_that_ends_early_says_why_and_its_best_counts(
+    sweep_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: dict[str, Any],
+    state: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("raylm.training.sinks.follow.CLOSING_S", 4.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    each = {"checkpoint.interval_steps": 1, "training.eval_interval_steps": None, **setting}
+    result = raylm.sweep(sweep_file(budget={"trials": 1}, metric="train/loss", set=each))
+    trial = read_journal(tmp_path / "sweep").trials[0]
+    assert (trial.state, trial.reason) == (state, reason)
+    assert trial.last is not None
+    assert trial.last.step < (trial.num_steps or 0)
+    assert result.best == 0
+    assert result.checkpoint is not None
+    assert reason in Path(result.results).read_text()
+    assert read_events(tmp_path / "sweep" / "trials" / "0000")[-1]["phase"] == "stopped"
+
+
 def test_a_lost_trial_gives_back_what_it_held(sweep_file: Callable[..., Path], tmp_path: Path) -> None:
     """The process that a trial is, not one of its workers, on a Ray of the sweep's own with room for one trial."""
     file = sweep_file(budget={"trials": 2}, concurrency=1, search="random", resources={"cpus_per_worker": 1})

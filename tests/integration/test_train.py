@@ -172,7 +172,7 @@ def test_a_tracker_that_is_away_ends_a_run_only_when_told(
         ({"model.path": "./absent"}, ModelError, "there is no such file or folder"),
         ({"data.max_seq_len": 512}, ModelError, "512 is above the 256 positions"),
         ({"cluster.num_workers": 2, "cluster.cpus_per_worker": 9}, ClusterError, "need 19 CPUs, the cluster has 6"),
-        ({"cluster.use_gpu": True}, ClusterError, "need 1 GPUs, the cluster has 0"),
+        ({"cluster.use_gpu": True}, ClusterError, "1 GPU needed, the cluster has 0"),
         ({"training.method": "lora", "lora.target_modules": ["W_pack"]}, ModelError, "match no linear module"),
         ({"training.resume": "/absent/step-1"}, CheckpointError, "there is no such checkpoint"),
     ],

@@ -28,10 +28,10 @@ def test_gpus_are_used_where_each_worker_can_have_one() -> None:
 
 def test_more_workers_than_the_cluster_has() -> None:
     with pytest.raises(
-        ClusterError, match="4 workers of 1 CPUs and one CPU for the data need 5 CPUs, the cluster has 4"
+        ClusterError, match="4 workers of 1 CPU and one CPU for the data need 5 CPUs, the cluster has 4"
     ):
         plan_resources(_config(num_workers=4), {"CPU": 4.0})
-    with pytest.raises(ClusterError, match="2 workers with a GPU each need 2 GPUs, the cluster has 1"):
+    with pytest.raises(ClusterError, match="2 workers with a GPU each: 2 GPUs needed, the cluster has 1"):
         plan_resources(_config(num_workers=2, use_gpu=True), {"CPU": 8.0, "GPU": 1.0})
 
 

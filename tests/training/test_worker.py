@@ -13,6 +13,7 @@ from raylm.data.stream import MicroBatch, PackedRow
 from raylm.errors import CheckpointError, TrainingError
 from raylm.models.load import load_model
 from raylm.training.checkpoint import list_checkpoints, newest_checkpoint
+from raylm.training.metrics import FIGURES
 from raylm.training.worker import steps_of
 from tests.training.support import Rows, make_config, make_plan, read_checkpoint, run_in_process
 
@@ -131,6 +132,7 @@ def test_evaluation_weighs_every_label_the_same(tiny_model_dir: Path, tmp_path: 
         plan = make_plan(config, ROWS)
         lines = run_in_process(config, ROWS, evaluation=lambda plan=plan, micro=micro: ROWS.stream(plan, micro))  # type: ignore[misc]
         results.append([line for line in lines if "eval/loss" in line][-1])
+        assert {name for line in lines for name in line} - {"step", "time"} <= set(FIGURES)
     assert results[0]["eval/loss"] == pytest.approx(results[1]["eval/loss"], rel=1e-5)
     assert results[0]["eval/loss_tokens"] == results[1]["eval/loss_tokens"]
     assert results[0]["eval/perplexity"] == pytest.approx(math.exp(results[0]["eval/loss"]))

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from raylm.config import SweepConfig, load_config
-from raylm.errors import ConfigError, DataError, ModelError, RaylmError
+from raylm.errors import ClusterError, ConfigError, DataError, ModelError, RaylmError
 from raylm.tuning.candidates import Candidates
 from tests.conftest import PAIRS
 
@@ -92,7 +93,61 @@ def test_every_reported_loss_has_a_checkpoint(settings: dict[str, Any], write_da
             ConfigError,
             "training.global_batch_size: cannot change within a training",
         ),
-        ({"space.optimizer.eps": {"choice": [1], "when": {"optimizer.nam": 1}}}, ConfigError, "optimizer.nam: is no"),
+        (
+            {"space.optimizer.weight_decay": {"choice": [1], "when": {"optimizer.nam": 1}}},
+            ConfigError,
+            "space.optimizer.weight_decay: when: unknown key optimizer.nam. Did you mean optimizer.name",
+        ),
+        (
+            {"space.optimizer.weight_decay": {"choice": [1], "when": {"optimizer.name": ["adamw", "lyon"]}}},
+            ConfigError,
+            "space.optimizer.weight_decay: when: optimizer.name is never 'lyon'. Did you mean lion",
+        ),
+        (
+            {"space.optimizer.weight_decay": {"choice": [1], "when": {"training.method": "lorra"}}},
+            ConfigError,
+            "space.optimizer.weight_decay: when: training.method is never 'lorra': input should be 'full', 'lora'",
+        ),
+        ({"set.training.max_stepz": 1}, ConfigError, "^set: unknown key training.max_stepz. Did you mean training.max"),
+        (
+            {"base.training.max_stepz": 1},
+            ConfigError,
+            "^base: unknown key training.max_stepz. Did you mean training.max",
+        ),
+        ({"base.training.max_steps": "many"}, ConfigError, "^base: training.max_steps='many' is not valid"),
+        ({"set.training.max_steps": "many"}, ConfigError, "^set: training.max_steps='many' is not valid"),
+        (
+            {"space.training.method": {"choice": ["full", "lorra"]}},
+            ConfigError,
+            "^trial with .* training.method=lorra: training.method='lorra' is not valid",
+        ),
+        (
+            {"resources.num_workers": 3},
+            ConfigError,
+            "^trial with .*, resources: training.global_batch_size=4 must be a multiple .* = 3",
+        ),
+        ({"resources.cpus_per_worker": 9999}, ClusterError, "^resources: a trial takes 9,999 CPUs, 9999 a worker, and"),
+        ({"metric": "train/los"}, ConfigError, "metric: 'train/los' is no figure of a run. Did you mean train/loss"),
+        (
+            {"search": {"name": "optuna", "objectives": [{"metric": "eval/loss"}]}},
+            ConfigError,
+            "search.objectives.0.metric: eval/loss needs data.eval",
+        ),
+        (
+            {"search": {"name": "optuna", "objectives": [{"metric": "train/loss"}]}},
+            ConfigError,
+            "search.objectives.0.metric: train/loss is the metric already",
+        ),
+        (
+            {"scheduler": {"name": "asha", "grace_steps": 4}, "set.checkpoint.interval_steps": 1},
+            ConfigError,
+            "scheduler.grace_steps: 4 is no step before the end of any trial: .* takes 4 steps. Set it below 4",
+        ),
+        (
+            {"scheduler": {"name": "pbt", "interval_steps": 99}, "set.checkpoint.interval_steps": 1},
+            ConfigError,
+            "scheduler.interval_steps: 99 is no step before the end",
+        ),
         ({"retrain_best": True, "retrain_set": {"training.max_stepz": 8}}, ConfigError, "retrain_set: .*max_stepz"),
         ({"retrain_best": True, "retrain_set": {"data.train": "no.json"}}, DataError, "retrain_set: .*no.json"),
         ({"base.cluster": {"num_workers": [1, 2]}, "set.training.global_batch_size": 4}, ConfigError, "is elastic"),
@@ -119,3 +174,35 @@ def test_every_point_of_a_grid_is_built(settings: dict[str, Any]) -> None:
     found = candidates({**settings, **grid})
     found.check()
     assert len(found.points()) == 6
+
+
+def test_faults_of_a_base_in_a_file_name_the_file(settings: dict[str, Any], tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({**settings["base"], "optimizer": {"learning_rte": 1}}))
+    with pytest.raises(ConfigError, match=rf"^base {base}: unknown key optimizer.learning_rte. Did you mean"):
+        candidates({**settings, "base": str(base)})
+
+
+def test_a_setting_that_no_dimension_is_taken_for_keeps_the_value_of_the_base(settings: dict[str, Any]) -> None:
+    """Conditions of others see it."""
+    space = {
+        "optimizer.name": {"choice": ["lion"], "when": {"training.method": "lora"}},
+        "optimizer.weight_decay": [
+            {"choice": [0.1], "when": {"optimizer.name": "adamw"}},
+            {"choice": [0.2], "when": {"optimizer.name": "lion"}},
+        ],
+    }
+    found = candidates({**settings, "space": space})
+    assert found.corners() == [{"optimizer.weight_decay": 0.1}]
+
+
+def test_a_space_without_a_condition_that_holds_is_refused(settings: dict[str, Any]) -> None:
+    space = {"optimizer.weight_decay": {"choice": [0.1], "when": {"training.method": "lora"}}}
+    with pytest.raises(ConfigError, match="space: no `when` ever holds: all trials would be the base"):
+        candidates({**settings, "space": space}).check()
+
+
+def test_a_condition_that_never_holds_here_is_told(settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """A file of a space may serve several bases."""
+    candidates(settings, {"space.optimizer.weight_decay": {"choice": [0.1], "when": {"training.method": "lora"}}})
+    assert caplog.messages == ["space.optimizer.weight_decay: when: training.method is never lora, but full"]

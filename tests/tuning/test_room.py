@@ -40,8 +40,8 @@ def test_parts_of_gpus_are_shared() -> None:
     [
         ({"num_workers": 4}, {}, "auto", "a trial takes 5 CPUs .1 of them for its data.* the cluster has 4"),
         ({"cpus_per_worker": 3}, {}, "auto", "no node has 3 CPUs"),
-        ({}, {"gpus_per_worker": 1}, "auto", "no node has 1 CPUs and 1 GPUs"),
-        ({}, {}, 3, "3 trials at a time take 6 CPUs .* the cluster has 4 and 0. Set concurrency=2"),
+        ({}, {"gpus_per_worker": 1}, "auto", "no node has 1 CPU and 1 GPU, which"),
+        ({}, {}, 3, "3 trials at a time: 6 CPUs and 0 GPUs needed, the cluster has 4 and 0. Set concurrency=2"),
     ],
 )
 def test_what_can_never_be_is_refused(
@@ -55,5 +55,5 @@ def test_a_local_ray_has_room_for_the_trials_asked_for(monkeypatch: pytest.Monke
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert local_cpus([config(num_workers=2, cpus_per_worker=2)], "auto") == 10
     assert local_cpus([config()], 3) == 8
-    with pytest.raises(ClusterError, match="a trial takes 4 x 4 CPUs, this machine has 8"):
+    with pytest.raises(ClusterError, match="a trial takes 16 CPUs, 4 a worker, and this machine has 8"):
         local_cpus([config(num_workers=2), config(num_workers=4, cpus_per_worker=4)], "auto")

@@ -4,27 +4,33 @@ import io
 import json
 import math
 import pickle
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 import raylm
 from raylm.cli import main
 from raylm.config import SweepConfig, load_config
 from raylm.errors import ConfigError, RunDirError
+from raylm.training.before_start import with_absolute_paths
 from raylm.training.checkpoint import CheckpointMeta, checkpoint_name
 from raylm.training.checkpoint_writer import CheckpointWriter
 from raylm.training.run_dir import open_run_dir
+from raylm.training.sinks import follow
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Journal, Report, SweepState, read_journal
 from raylm.tuning.pins import link_checkpoint, pin
-from raylm.tuning.plans import copy_folder, failure_file, read_plan, staged_copy
-from raylm.tuning.progress import SweepView, watch_sweep
+from raylm.tuning.plans import Extent, copy_folder, data_key, failure_file, progress, read_plan, staged_copy
+from raylm.tuning.progress import SweepView, _Lines, watch_sweep
 from raylm.tuning.results import finish_sweep, retrain_config
 from raylm.tuning.room import Room
-from raylm.tuning.run import outline_sweep, resume_sweep, run_sweep
+from raylm.tuning.run import extent_of, outline_sweep, resume_sweep, run_sweep
 from raylm.tuning.running import _Figures
 from raylm.tuning.search import RandomSearch, make_search
 from raylm.tuning.session import Session
@@ -68,8 +74,90 @@ def report(step: int, value: float, tokens: int = 10) -> dict[str, Any]:
         "seconds": 1.0,
         "figures": figures,
         "num_steps": 4,
+        "step_tokens": 5.0,
         "is_new": True,
     }
+
+
+def with_sinks(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **metrics: Any) -> Session:
+    """A first trial that trains, whose figures a server is to get that nobody hears."""
+    monkeypatch.setattr(follow, "POLL_S", 0.02)
+    monkeypatch.setattr(follow, "CLOSING_S", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    settings["base"]["metrics"] = {"sinks": ["mlflow"], "mlflow": {"tracking_uri": "http://127.0.0.1:9"}, **metrics}
+    found = session(settings)
+    assert found.next_trial() == 0
+    found.trial_dir(0).mkdir(parents=True)
+    (found.trial_dir(0) / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": 2.0}) + "\n")
+    found.reported(0, report(2, 1.0))
+    return found
+
+
+def test_a_sink_that_fails_costs_no_trial_and_is_told(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it costs `raylm train` no run."""
+    found = with_sinks(settings, monkeypatch)
+    found.reported(0, report(4, 0.5))
+    found.ended(0, "finished")
+    found.close()
+    (trial,) = read_journal(found.sweep_dir).trials.values()
+    assert trial.state == "finished"
+    assert list(trial.lacking) == ["mlflow"]
+    result = finish_sweep(candidates_of(settings), found.state, interrupted=False, started=0.0)
+    assert (result.best, result.value, result.lacking) == (0, 0.5, {"mlflow": [0]})
+    for file in (result.results, result.report):
+        assert "mlflow lacks figures (" in Path(file).read_text()
+
+
+def test_a_trial_that_a_failing_sink_stops_has_not_finished(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With metrics.on_sink_failure=stop: what it reported counts, and asked to it goes on."""
+    found = with_sinks(settings, monkeypatch, on_sink_failure="stop")
+    deadline = time.monotonic() + 60
+    while not (found.trial_dir(0) / "stop").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (found.trial_dir(0) / "stopped.txt").write_text("it was asked to stop")
+    found.ended(0, "finished")
+    found.close()
+    (trial,) = read_journal(found.sweep_dir).trials.values()
+    assert (trial.state, trial.reason) == ("failed", "mlflow takes no figures (metrics.on_sink_failure=stop)")
+    assert found.state.best("min") is not None
+    assert session(settings, retry_failed=True).next_trial() == 0
+
+
+@pytest.mark.parametrize(("last", "reason"), [(2, "the evaluation no longer improves"), (4, "")])
+def test_a_trial_that_ended_early_says_why(settings: dict[str, Any], last: int, reason: str) -> None:
+    found = session(settings)
+    found.next_trial()
+    found.trial_dir(0).mkdir(parents=True)
+    (found.trial_dir(0) / "stopped.txt").write_text("the evaluation no longer improves")
+    found.reported(0, report(last, 1.0))
+    found.ended(0, "finished")
+    assert (found.state.trials[0].state, found.state.trials[0].reason) == ("finished", reason)
+
+
+def extent(settings: dict[str, Any], space: dict[str, Any], **base: Any) -> Extent:
+    """Of a sweep over 40 sequences of ten tokens, four of them a step."""
+    training = {"training.max_steps": None, "data.packing": False, **base}
+    found = candidates_of(settings, set=training, space=space)
+    built = [found.build(number, point) for number, point in enumerate(found.corners())]
+    store = SimpleNamespace(lengths=np.full(40, 10), weights=None)
+    data = {data_key(with_absolute_paths(config)): SimpleNamespace(store=store) for config in built}
+    return extent_of(found, built, data)
+
+
+def test_the_longest_trial_says_how_far_rungs_go(settings: dict[str, Any]) -> None:
+    """Though the first one is shorter."""
+    assert extent(settings, {"training.num_epochs": {"choice": [1, 9]}}) == Extent(90, 2, 40.0)
+
+
+def test_steps_of_larger_batches_are_longer(settings: dict[str, Any]) -> None:
+    space = {"training.global_batch_size": {"choice": [8, 4]}}
+    assert extent(settings, space, **{"training.num_epochs": 2}) == Extent(20, 2, 40.0)
+    assert (progress(5, 80.0, 40.0), progress(5, 40.0, 40.0)) == (10, 5)
 
 
 def test_ray_tune_may_pickle_what_hangs_on_a_session(settings: dict[str, Any]) -> None:
@@ -270,7 +358,8 @@ def test_a_first_trial_that_cannot_be_costs_no_results(settings: dict[str, Any])
     result = finish_sweep(candidates, found.state, interrupted=False, started=0.0)
     assert result.metric == "train/loss"
     assert Path(result.report).is_file()
-    assert outline_sweep(candidates.config).metric == "train/loss"
+    elsewhere = candidates.config.model_copy(update={"dir": settings["dir"] + "-2"})
+    assert outline_sweep(elsewhere).metric == "train/loss"
 
 
 def test_retraining_that_fails_costs_nothing_else(settings: dict[str, Any]) -> None:
@@ -316,10 +405,14 @@ def test_the_table_shows_settings_steps_best_and_time_left(settings: dict[str, A
     assert ended[:1] + ended[2:] == ("0", "finished", "4/4", "1.25", "")
     assert ended[1].startswith("optimizer.learning_rate=")
     assert view.summary().startswith("2 of 3 trials: 1 finished, 1 running; best 1.25 (trial 0, step 2); about ")
+    found.ended(1, "failed", "no memory")
+    assert found.next_trial() == 2
+    found.ended(2, "stopped")
+    assert view.summary() == "3 of 3 trials: 1 failed, 1 finished, 1 stopped; best 1.25 (trial 0, step 2)"
 
 
 def test_a_terminal_gets_a_table_and_a_log_gets_lines(
-    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = session(settings)
     found.next_trial()
@@ -335,6 +428,13 @@ def test_a_terminal_gets_a_table_and_a_log_gets_lines(
     with caplog.at_level("INFO"), watch_sweep(found, io.StringIO()):
         pass
     assert "1 of 3 trials: 1 running" in caplog.text
+    monkeypatch.setattr("raylm.tuning.progress.LINE_INTERVAL_S", 0.0)
+    found.reported(0, report(2, 1.25))
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        _Lines().show(SweepView(found))
+    rate = found.state.trials[0].settings["optimizer.learning_rate"]
+    assert caplog.messages[1] == f"  trial 0: running, step 2/4, best 1.25 (optimizer.learning_rate={rate:.4g})"
 
 
 def test_reports_come_at_their_steps_with_the_figures_up_to_them(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -364,5 +464,16 @@ def test_a_folder_with_something_in_it_is_left_alone(settings: dict[str, Any], t
     (tmp_path / "sweep" / "precious.txt").write_text("x")
     with pytest.raises(RunDirError, match="holds something else than a sweep"):
         run_sweep(config)
+    with pytest.raises(RunDirError, match="holds something else than a sweep"):
+        outline_sweep(config)
     with pytest.raises(RunDirError, match="holds no sweep"):
         resume_sweep(tmp_path / "sweep")
+
+
+def test_a_fault_of_a_file_names_the_file(settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump({**settings, "metric": "train/los"}))
+    for arguments in ([str(file)], [str(file), "--dry-run"]):
+        assert main(["sweep", *arguments]) == 2
+        error = f"error: {file}: metric: 'train/los' is no figure of a run. Did you mean train/loss?\n"
+        assert capsys.readouterr().err == error

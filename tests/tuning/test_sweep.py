@@ -103,9 +103,9 @@ def _nothing_is_left(ray: Any) -> None:
 
 def test_what_the_cluster_has_no_room_for_is_told_at_once(settings: dict[str, Any]) -> None:
     started = time.monotonic()
-    with pytest.raises(ClusterError, match="no node has 1 CPUs and 1 GPUs"):
+    with pytest.raises(ClusterError, match="no node has 1 CPU and 1 GPU"):
         raylm.sweep(settings, {"resources.gpus_per_worker": 1})
-    with pytest.raises(ClusterError, match=r"9 trials at a time take 18 CPUs .* the cluster has 6"):
+    with pytest.raises(ClusterError, match=r"9 trials at a time: 18 CPUs .* the cluster has 6"):
         raylm.sweep(settings, {"concurrency": 9})
     assert time.monotonic() - started < 30
 

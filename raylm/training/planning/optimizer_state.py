@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from raylm.config import TrainConfig
 from raylm.config.training import OptimizerSection
-from raylm.optim.build import build_optimizer, is_hidden, optimizer_row
+from raylm.optim.build import build_optimizer, is_hidden
+from raylm.optim.table import optimizer_row
 from raylm.training.strategies.owned import BUCKET_ELEMENTS, owners_of
 
 _OFFSETS = (7, 11, 13, 17, 19)

@@ -81,8 +81,8 @@ def plan_training(
     """
     _check_options(tokens_per_second, utilisation, memory_gib)
     config = with_absolute_paths(config)
-    source = check_before_start(config)
     check_run_dir(config)
+    source = check_before_start(config)
     device = _device(config)
     precision = resolve_precision(config.training.precision, device)
     check_kernels(config.model.kernels, on_gpu=device.type == "cuda")

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from raylm.training.planning.memory import Memory
 from raylm.training.planning.plan import Plan
+from raylm.words import counted
 
 GIB = 2**30
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """What `raylm plan` prints."""
+    sequences = counted(plan.sequences, "sequence")
     share = 100 * plan.trainable_parameters / plan.parameters
     origin = {
         "cache": "from the cache of tokenised rows",
@@ -24,7 +26,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"method          {plan.method}",
         f"learns          {plan.trainable_parameters:,} of {plan.parameters:,} parameters ({share:.2f} %)",
         f"run             {plan.strategy}, workers: {plan.workers}, {plan.device}, {plan.precision}",
-        f"data            {plan.sequences:,} sequences, {100 * plan.loss_share:.0f} % of tokens carry loss ({origin})",
+        f"data            {sequences}, {100 * plan.loss_share:.0f} % of tokens carry loss ({origin})",
         f"steps           {least}{plan.steps:,}; an epoch has {least}{epochs}",
         f"tokens          {plan.tokens_per_step:,} a step, {plan.tokens:,} in all",
         f"learning rate   {', '.join(f'{rate:.3g} at step {step}' for step, rate in plan.rates)}",

@@ -12,6 +12,7 @@ from raylm.config.settings import changed_settings
 from raylm.training.report.curves import draw_curves
 from raylm.training.report.document import Block, Code, Paragraph, Part, Picture, Table, to_html, to_markdown
 from raylm.training.report.facts import RunFacts, read_facts
+from raylm.words import counted
 
 CURVES_FILE = "curves.png"
 SAMPLED_STEPS = 12
@@ -161,7 +162,12 @@ def _checkpoints(facts: RunFacts) -> Table:
 
 def _hardware(facts: RunFacts) -> Table:
     rows = [
-        [host.name, f"{host.cpu}, {host.cpus} CPUs", f"{host.memory_gib} GiB", "; ".join(host.gpus) or "none"]
+        [
+            host.name,
+            f"{host.cpu}, {counted(host.cpus, 'CPU')}",
+            f"{host.memory_gib} GiB",
+            "; ".join(host.gpus) or "none",
+        ]
         for host in facts.hosts
     ]
     return Table(rows, ["host", "CPU", "memory", "GPUs"])
