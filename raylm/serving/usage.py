@@ -12,6 +12,8 @@ from typing import Any
 from raylm.serving.asgi import App, Message, Receive, Send
 
 USAGE = "raylm.usage"
+TOKENS = ("prompt_tokens", "completion_tokens")
+"""What a message of type USAGE counts."""
 
 
 class EngineRequests:

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylm.config.limits import LimitsSection
@@ -238,6 +238,7 @@ def test_the_settings_of_a_server_travel_without_keys(tmp_path: Path) -> None:
 # Rates
 
 
+@settings(deadline=None)
 @given(
     per_minute=st.integers(1, 5000),
     steps=st.lists(st.tuples(st.floats(0, 90), st.integers(1, 300)), min_size=1, max_size=60),
@@ -265,6 +266,7 @@ def test_a_bucket_gives_no_more_than_its_minute_and_what_flowed_in(
             assert total <= per_minute + (at - spent[start][0]) * per_minute / 60 + 1e-6
 
 
+@settings(deadline=None)
 @given(costs=st.lists(st.integers(1, 500), min_size=1, max_size=30))
 def test_tokens_are_paid_afterwards_and_a_debt_is_waited_for(costs: list[int]) -> None:
     allowance, now, booked = Allowance(None, 600, 0.0), 0.0, 0
@@ -517,6 +519,7 @@ def test_a_client_that_goes_after_waiting_is_noticed_by_the_app(run: Run) -> Non
     run(test())
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_places_are_never_lost_nor_given_twice(data: st.DataObject) -> None:
     """Requests enter, leave, wait and give up in any order; a list of who is in and who waits is the reference."""
@@ -623,7 +626,7 @@ def test_what_a_late_request_leaves_behind_hears_of_the_end(run: Run, waiting: b
         second = asyncio.create_task(ask(guard))
         assert [(await first).status, (await second).status] == [504, 504]
         assert [message["type"] for message in await asyncio.gather(*listening)] == ["http.disconnect"] * len(listening)
-        assert len(listening) == (1 if waiting else 2)
+        assert len(listening) >= (1 if waiting else 2)  # the place of the first may go to the second in its last moment
 
     run(test())
 
@@ -757,6 +760,30 @@ def test_the_log_says_how_a_request_ended(run: Run, log_file: Path) -> None:
         ("/breaks", 200, "disconnect"),
         ("/hangs", 499, "disconnect"),
     ]
+
+
+def test_a_server_that_raises_instead_of_telling_has_lost_its_client(run: Run, log_file: Path) -> None:
+    """As Serve's Python proxy does at times, with Ray's TaskCancelledError."""
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        await read_body(receive)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def test() -> None:
+        messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            raise RuntimeError("the task was cancelled")
+
+        scope = {"type": "http", "path": "/leaves", "method": "POST", "headers": [(b"content-length", b"2")]}
+        await behind(app, log=True)(scope, receive, lambda _: None)
+
+    run(test())
+    [line] = lines(log_file)
+    assert (line["status"], line["outcome"]) == (499, "disconnect")
 
 
 # Together
