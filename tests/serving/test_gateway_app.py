@@ -70,7 +70,8 @@ class Answers:
 
 
 def gateway(*engines: tuple[str, Any]) -> GatewayApp:
-    return GatewayApp([(Route(f"engine-{name}", (name,), False, False), Handle(app)) for name, app in engines])
+    handles = [(Route(f"engine-{name}", (name,), False, False), Handle(app)) for name, app in engines]
+    return GatewayApp(handles, LimitsSection(max_n=4))
 
 
 class Visit:
@@ -146,6 +147,69 @@ def test_a_name_leads_to_an_engine(asked: str, engine: str | None) -> None:
         assert answer.sent[0]["status"] == 404
     else:
         assert json.loads(answer.body) == {"by": engine}
+
+
+def test_a_request_for_too_many_answers_reaches_no_engine() -> None:
+    app = gateway(("a", named("a")))
+    visit = asyncio.run(Visit("/v1/completions", b'{"model": "a", "n": 5}').made_of(app))
+    assert visit.sent[0]["status"] == 400
+    error = json.loads(visit.body)["error"]
+    assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "n", 400)
+    assert error["message"] == "n must be at most 4 (limits.max_n of the server), got 5."
+
+
+def keeping(name: str, *responses: str, fails: int = 0) -> Any:
+    """An engine that keeps the responses it has made, as vLLM's does: by id, in its own memory."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        _, _, kind, response, *rest = scope["path"].split("/")
+        kept = kind == "responses" and response in responses
+        status = fails or (200 if kept else 404)
+        body = {"by": name, "did": f"{scope['method']} {' '.join(rest)} {scope['query_string'].decode()}".split()}
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(body if status == 200 else {}).encode()})
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "query", "by", "did"),
+    [
+        ("GET", "resp_b", b"", "b", ["GET"]),
+        ("GET", "resp_a", b"starting_after=1", "a", ["GET"]),
+        ("GET", "resp_b", b"stream=true&starting_after=1", "b", ["GET", "stream=true&starting_after=1"]),
+        ("GET", "resp_b", b"stream=false", "b", ["GET"]),
+        ("POST", "resp_b/cancel", b"", "b", ["POST", "cancel"]),
+    ],
+)
+def test_a_response_that_was_made_before_is_found_where_it_was_made(
+    method: str, path: str, query: bytes, by: str, did: list[str]
+) -> None:
+    app = gateway(("a", keeping("a", "resp_a")), ("b", keeping("b", "resp_b")))
+
+    async def steps() -> Visit:
+        visit = Visit(f"/v1/responses/{path}", method=method)
+        visit.scope["query_string"] = query
+        return await visit.made_of(app)
+
+    answer = asyncio.run(steps())
+    assert (answer.sent[0]["status"], json.loads(answer.body)) == (200, {"by": by, "did": did})
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "resp_x"), ("POST", "resp_x/cancel")])
+def test_a_response_that_nobody_keeps_is_404_as_vllm_answers_it(method: str, path: str) -> None:
+    app = gateway(("a", keeping("a")), ("b", keeping("b", "resp_b")), ("c", keeping("c", fails=501)))
+    answer = asyncio.run(Visit(f"/v1/responses/{path}", method=method).made_of(app))
+    error = json.loads(answer.body)["error"]
+    assert answer.sent[0]["status"] == error["code"] == 404
+    assert (error["type"], error["param"]) == ("invalid_request_error", "response_id")
+    assert error["message"] == "Response with id 'resp_x' not found."
+
+
+def test_a_response_that_an_engine_in_trouble_may_keep_is_503() -> None:
+    app = gateway(("a", keeping("a", "resp_a")), ("b", keeping("b", fails=500)))
+    visits = [Visit(f"/v1/responses/{response}", method="GET") for response in ("resp_a", "resp_x")]
+    assert [asyncio.run(visit.made_of(app)).sent[0]["status"] for visit in visits] == [200, 503]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
