@@ -20,6 +20,10 @@ class LimitsSection(Section):
     """Seconds a request may take, waiting included; over it 504, or an error event in a stream that has begun."""
     max_request_mib: float = Field(16.0, gt=0)
     """Largest request body in MiB; a larger one is answered 413."""
+    max_n: Annotated[int, Field(ge=1, le=16384)] = 128
+    """Answers to one prompt that a request may ask for (`n`); more are answered 400."""
+    max_sequences: Positive = 2048
+    """Prompts of one request times its `n`: more are answered 400."""
     requests_per_minute: Positive | None = None
     """Requests of one API key per minute, where the key has no figure of its own; over it 429."""
     tokens_per_minute: Positive | None = None

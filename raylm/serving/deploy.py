@@ -80,10 +80,11 @@ def deploy_app(config: ServeConfig) -> Deployment:
 def roll_back(cluster_address: str | None = None) -> Deployment:
     """Puts the former configuration back, as `deploy` would. The files it names are read as they are now.
 
-    Raises ServingError when there is none, or its API key cannot be read here.
+    Where nothing runs any more, the former one is that before the last that the cluster remembers. Raises ServingError
+    when there is none, or its API key cannot be read here; whatever fails, the cluster goes on remembering.
     """
     with _cluster(cluster_address):
-        known = history.revisions() if _application() is not None else []
+        known = history.revisions()
         if len(known) < 2:
             raise ServingError("rollback", "there is no former version.", "Deploy the one you want.")
         target, current = known[-2], known[-1]
@@ -118,7 +119,6 @@ def _replace(
     running = _application()
     if running is None:  # what the cluster remembers has ended without `delete`: it says nothing about what runs
         former = None
-        history.clear()
     else:
         _check_shape(config, running)
     restore = _restorer(former) if running is not None else None
@@ -257,7 +257,6 @@ def _give_up(started: bool) -> None:
     from ray import serve
 
     serve.delete(APP_NAME)
-    history.clear()
     if started:
         shut_down_if_empty()
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
+from raylm.config.limits import LimitsSection
 from raylm.serving.access_log import stop_writing, write_beside_the_replica_log
+from raylm.serving.amount import excess
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.asgi import App, Message, Receive, Send
 from raylm.serving.exposition import merged
@@ -30,6 +32,7 @@ _SHORT_S = 10.0
 _LIST_S = 1.0
 _USAGE_S = 5.0
 _UP = ("HEALTHY", "UNHEALTHY", "UPSCALING", "DOWNSCALING")
+_KEPT = {"GET": re.compile(r"/v1/responses/[^/]+"), "POST": re.compile(r"/v1/responses/[^/]+/cancel")}
 _FORM_MODEL = re.compile(rb'name="model"\r\n\r\n(.*?)\r\n')
 
 
@@ -65,7 +68,8 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> App:
         """The gateway's app with the guard around it."""
-        app: App = GatewayApp([(route, self._engines[route.deployment]) for route in self._routes])
+        engines = [(route, self._engines[route.deployment]) for route in self._routes]
+        app: App = GatewayApp(engines, self._guard.limits)
         if self._guard.access_log:
             write_beside_the_replica_log()
         return guarded(app, self._guard, echo_request_id=False)
@@ -83,11 +87,11 @@ def _not_up(deployments: list[str]) -> list[str]:
 class GatewayApp:
     """The ASGI app: which engine a request is for, and the routes that concern all of them.
 
-    engines: routes with the handle of their deployment.
+    engines: routes with the handle of their deployment. limits: what one request may ask of them.
     """
 
-    def __init__(self, engines: list[tuple[Route, Any]]) -> None:
-        self._all = engines
+    def __init__(self, engines: list[tuple[Route, Any]], limits: LimitsSection) -> None:
+        self._all, self._limits = engines, limits
         self._by_name = {name: engine for engine in engines for name in engine[0].names}
         self._cards: dict[Route, list[Any]] = {}
         self._listed = -_LIST_S
@@ -107,12 +111,19 @@ class GatewayApp:
             if of_all is not None:  # whatever body comes with these is never held: health is open to all
                 await _while_connected(of_all(self, scope, sender), receive, sender)
                 return
+            if scope["method"] in _KEPT and _KEPT[scope["method"]].fullmatch(path):
+                await _while_connected(self._kept(scope, sender), receive, sender)
+                return
             body = await _whole_body(receive)
             if body is not None:
                 await _while_connected(self._answer(scope, body, sender), receive, sender)
 
     async def _answer(self, scope: Message, body: bytes, send: Send) -> None:
         content = _content(body)
+        if found := excess(content, self._limits):
+            parameter, message = found
+            await _respond(send, 400, _error(message, "BadRequestError", parameter, 400))
+            return
         named = content.get("model") if isinstance(content, Mapping) else _form_model(scope, body)
         name = named or _query_model(scope)
         engine = self._engine(name) or await self._lister(name, scope)
@@ -183,6 +194,22 @@ class GatewayApp:
             if started:
                 raise  # the status is out already: the connection breaks off
             await _respond(send, 503, _error("The engine was lost.", "ServiceUnavailable", None, 503), retry=True)
+
+    async def _kept(self, scope: Message, send: Send) -> None:
+        """A response that was made before: the replica that made it keeps it, and only that knows it."""
+        found = await self._ask_all(copied(scope, query_string=b""))
+        answers = [(engine, answer) for engine, given in zip(self._all, found, strict=True) for answer in given]
+        owner = next(((engine, answer) for engine, answer in answers if answer[0] < 500 and answer[0] != 404), None)
+        if owner is not None and scope["method"] == "GET" and _asks_for_stream(scope):
+            await self._pass_on(owner[0], scope, b"", None, send)
+        elif owner is not None:
+            await _respond(send, *owner[1])
+        elif any(status >= 500 and status != 501 for _, (status, _) in answers):  # 501: makes no responses at all
+            await _respond(send, 503, _error("An engine does not answer.", "ServiceUnavailable", None, 503), retry=True)
+        else:
+            name = scope["path"].split("/")[3]
+            message = f"Response with id '{name}' not found."
+            await _respond(send, 404, _error(message, "invalid_request_error", "response_id", 404))
 
     async def _models(self, scope: Message, send: Send) -> None:
         """The cards of all engines as one list; one that sleeps is listed as it was, or by its names."""
@@ -286,7 +313,25 @@ async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive, se
     finally:
         gone.cancel()
         task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await _ended(task, gone)
+
+
+async def _ended(*tasks: asyncio.Future[Any]) -> None:
+    """Waits for cancelled tasks, which end soon. Serve's Python proxy cancels a request twice: the second time hurries
+    nobody, or what the request has cost would not be heard any more."""
+    cancelled = False
+    waiting: set[asyncio.Future[Any]] = set(tasks)
+    while waiting:
+        try:
+            _, waiting = await asyncio.wait(waiting)
+        except asyncio.CancelledError:
+            cancelled = True
+            waiting = {task for task in waiting if not task.done()}
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # is known to the caller, or nobody's any more
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 async def _left(receive: Receive) -> None:
@@ -322,6 +367,11 @@ def _query_model(scope: Message) -> str | None:
     """`?model=NAME`, for routes without a body, such as those of adapters."""
     found = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model")
     return found[0] if found else None
+
+
+def _asks_for_stream(scope: Message) -> bool:
+    found = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("stream")
+    return found is not None and found[-1].lower() not in ("", "false", "0", "no", "off", "f", "n")
 
 
 def _is_of_adapters(scope: Message) -> bool:

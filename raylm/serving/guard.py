@@ -91,7 +91,7 @@ class Guard:
     async def _http(self, scope: Message, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, send, self._clock, echo_request_id=self._echo)
         try:
-            await self._answer(exchange, receive)
+            await self._answer(exchange, _heard(receive))
         except asyncio.CancelledError:
             exchange.outcome = "disconnect"
             raise
@@ -415,12 +415,22 @@ class Reader:
     async def _read(self) -> None:
         message: Message = {"type": ""}
         while message["type"] != "http.disconnect":
-            try:
-                message = await self._receive()
-            except Exception:  # whatever the server raises: nothing more will come
-                message = DISCONNECT
+            message = await self._receive()
             self._messages.append(message)
             self._arrived.set()
+
+
+def _heard(receive: Receive) -> Receive:
+    """A `receive` that raises nothing: whatever the server raises, nothing more will come. Serve's Python proxy raises
+    now and then that the request is cancelled."""
+
+    async def heard() -> Message:
+        try:
+            return await receive()
+        except Exception:
+            return DISCONNECT
+
+    return heard
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -13,6 +13,8 @@ from raylm.serving.asgi import App, Message, Receive, Send
 from raylm.serving.model_counts import ModelCounts
 
 USAGE = "raylm.usage"
+TOKENS = ("prompt_tokens", "completion_tokens")
+"""What a message of type USAGE counts."""
 
 
 class EngineRequests:

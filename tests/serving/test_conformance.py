@@ -16,6 +16,7 @@ from tests.serving.request_table import MODEL, ODD_REQUESTS, REQUESTS, Request, 
 from tests.serving.servers import ENGINE, KEY, Running, bare_server
 
 ALL = {**REQUESTS, **ODD_REQUESTS}
+LIMITED = {"n that is huge"}  # by `limits`, which say so themselves
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_every_answer_is_that_of_bare_vllm(server: Running, bare: str) -> None:
     for name, request in ALL.items():
         for stream in (False, True) if request.stream_too else (False,):
             expected, ours = send(bare, request, stream=stream), send(server.url, request, key=KEY, stream=stream)
-            if expected != ours:
+            if (expected.status != ours.status) if name in LIMITED else (expected != ours):
                 differences.append(f"{name}, stream={stream}:\n  bare {expected}\n  ours {ours}")
             if expected.status != request.status:
                 differences.append(f"{name}, stream={stream}: bare {expected.status} {expected.body}")

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -19,8 +20,8 @@ import pytest
 from raylm.cli import main
 from raylm.config.load import load_config
 from raylm.config.serving import ServeConfig
-from raylm.errors import ConfigError, ServingError
-from raylm.serving import delete, deploy_app, deployed, roll_back
+from raylm.errors import ConfigError, ModelError, ServingError
+from raylm.serving import delete, deploy_app, deployed, history, roll_back
 from raylm.serving.app import checked_models
 from raylm.serving.deploy import _leaving, _recorded_address
 from raylm.serving.endpoint import _recordable
@@ -117,6 +118,38 @@ def test_the_proxy_gets_paths_of_certificates_that_it_finds(monkeypatch: pytest.
     assert tls_options(ServeConfig(model="m")) == {}
 
 
+@pytest.fixture
+def remembered(ray_cluster: Any, served_model_dir: Path, tmp_path: Path) -> Iterator[list[Revision]]:
+    """Two versions that the cluster remembers although nothing runs: Serve was shut down, or died. The model of the
+    first is gone since."""
+    gone = tmp_path / "gone"
+    shutil.copytree(served_model_dir, gone)
+    for model in (gone, served_model_dir):
+        revision = prepared(load_config(ServeConfig, {"model": str(model), "name": "m"}), has_key=False)
+        history.append(revision, {"engine": "1"})
+    shutil.rmtree(gone)
+    yield history.revisions()
+    history.clear()
+
+
+def test_a_rollback_where_nothing_runs_goes_on_from_what_is_remembered(remembered: list[Revision]) -> None:
+    for _ in range(2):  # and forgets nothing when it fails
+        with pytest.raises(ModelError, match="gone"):
+            roll_back()
+    assert history.revisions() == remembered
+
+
+def test_a_deployment_that_fails_where_nothing_runs_forgets_nothing(
+    remembered: list[Revision], served_model_dir: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ServingError, match="port"):
+            deploy_app(ServeConfig(model=str(served_model_dir), port=taken.getsockname()[1]))
+    assert history.revisions() == remembered
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -197,6 +230,8 @@ def test_a_model_is_upgraded_and_rolled_back_under_load(ray_cluster: Any, models
     def version(name: str) -> ServeConfig:
         return load_config(ServeConfig, {**config, "model": str(models[name])})
 
+    from ray import serve
+
     first = deploy_app(version("one"))
     try:
         assert (first.revision, first.models, first.replicas) == (1, [["m"]], {"engine": 1})
@@ -213,13 +248,19 @@ def test_a_model_is_upgraded_and_rolled_back_under_load(ray_cluster: Any, models
             back = roll_back()
             assert (back.revision, back.before) == (1, [])
             assert text_of(first.url, "m") == one
-            with pytest.raises(ServingError, match="no former version"):
+            with pytest.raises(ServingError, match=r"no former version. Deploy the one"):
                 roll_back()
             with pytest.raises(ServingError, match="cannot change that in place"):
                 deploy_app(load_config(ServeConfig, {**config, "model": str(models["two"]), "gateway": "always"}))
         logging.getLogger(__name__).info("answers during the upgrades: %s", load.answers)
         assert load.failures == []
         assert min(load.answers["stream"], load.answers["plain"]) > 50
+        assert deploy_app(version("two")).before == [1]
+        serve.delete("raylm")
+        with pytest.raises(ServingError, match="nothing deployed"):
+            deployed()
+        assert roll_back().revision == 1
+        assert text_of(first.url, "m") == one
     finally:
         delete()
     with pytest.raises(ServingError, match="nothing deployed"):

@@ -122,3 +122,13 @@ def test_a_body_that_is_too_large_is_413(server: Running) -> None:
     chunks = (b"x" * 2**20 for _ in range(17))
     answer = server.get("/v1/completions", "POST", content=chunks)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_request_for_too_many_answers_is_400(server: Running) -> None:
+    body = {"model": "tiny-llama", "prompt": "hello", "max_tokens": 1, "temperature": 1}
+    answer = server.get("/v1/completions", "POST", json={**body, "n": 129})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+    assert "n must be at most 128 (limits.max_n of the server), got 129." in answer.json()["error"]["message"]
+    answer = server.get("/v1/completions", "POST", json={**body, "prompt": ["hello"] * 2049})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert "limits.max_sequences" in answer.json()["error"]["message"]

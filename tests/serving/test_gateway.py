@@ -202,10 +202,7 @@ def test_metrics_are_those_of_both_engines(server: Running) -> None:
     assert named == {("org/first", "org/first"), ("long", "long")}
 
 
-@pytest.mark.parametrize(
-    "stream",
-    [True, pytest.param(False, marks=pytest.mark.xfail(reason="ends behind HAProxy in some runs only: cause unknown"))],
-)
+@pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request_in_the_engine(server: Running, stream: bool) -> None:
     """Known fault W06. 30,000 tokens would take minutes."""
 

@@ -3,15 +3,17 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raylm.config.limits import LimitsSection
+from raylm.serving.access_log import stop_writing, write_to
 from raylm.serving.api_key import ApiKey, digest
 from raylm.serving.gateway import GatewayApp, Route
 from raylm.serving.guard import GuardSettings, guarded
-from raylm.serving.relay import messages_of
+from raylm.serving.relay import Visits, messages_of
 from raylm.serving.usage import Metered, watch
 from tests.serving.test_usage import Engine
 
@@ -22,7 +24,7 @@ class Handle:
     """As Serve's handle of `EngineReplica`, in this process."""
 
     def __init__(self, app: Any) -> None:
-        self._app = app
+        self._app, self._visits = app, Visits()
 
     def options(self, **_: Any) -> "Handle":
         return self
@@ -32,18 +34,25 @@ class Handle:
         return self
 
     def remote(self, request: Any) -> "Answers":
-        return Answers(messages_of(self._app, request))
+        return Answers(self._visits.messages(self._app, request))
 
-    def broadcast(self, _method: str, request: Any) -> "Handle":
-        return Handle(self._bound(request))
+    def broadcast(self, method: str, argument: Any) -> "Everyone":
+        return Everyone({"answer": self._answer, "leave": self._visits.leave}[method](argument))
 
-    def _bound(self, request: Any) -> Any:
-        return self._app, request
+    async def _answer(self, request: Any) -> tuple[int, bytes]:
+        messages = [message async for batch in messages_of(self._app, request) for message in batch]
+        return messages[0]["status"], b"".join(message.get("body", b"") for message in messages)
 
-    async def results_async(self, **_: Any) -> list[tuple[int, bytes]]:
-        app, request = self._app
-        messages = [message async for batch in messages_of(app, request) for message in batch]
-        return [(messages[0]["status"], b"".join(message.get("body", b"") for message in messages))]
+
+class Everyone:
+    """The answers of all replicas, of which one knows nothing."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    async def results_async(self, **_: Any) -> list[Any]:
+        await asyncio.sleep(0.05)
+        return [await self._answer, *([None] if self._answer.__name__ == "leave" else [])]
 
 
 class Answers:
@@ -61,7 +70,8 @@ class Answers:
 
 
 def gateway(*engines: tuple[str, Any]) -> GatewayApp:
-    return GatewayApp([(Route(f"engine-{name}", (name,), False, False), Handle(app)) for name, app in engines])
+    handles = [(Route(f"engine-{name}", (name,), False, False), Handle(app)) for name, app in engines]
+    return GatewayApp(handles, LimitsSection(max_n=4))
 
 
 class Visit:
@@ -137,6 +147,69 @@ def test_a_name_leads_to_an_engine(asked: str, engine: str | None) -> None:
         assert answer.sent[0]["status"] == 404
     else:
         assert json.loads(answer.body) == {"by": engine}
+
+
+def test_a_request_for_too_many_answers_reaches_no_engine() -> None:
+    app = gateway(("a", named("a")))
+    visit = asyncio.run(Visit("/v1/completions", b'{"model": "a", "n": 5}').made_of(app))
+    assert visit.sent[0]["status"] == 400
+    error = json.loads(visit.body)["error"]
+    assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "n", 400)
+    assert error["message"] == "n must be at most 4 (limits.max_n of the server), got 5."
+
+
+def keeping(name: str, *responses: str, fails: int = 0) -> Any:
+    """An engine that keeps the responses it has made, as vLLM's does: by id, in its own memory."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        _, _, kind, response, *rest = scope["path"].split("/")
+        kept = kind == "responses" and response in responses
+        status = fails or (200 if kept else 404)
+        body = {"by": name, "did": f"{scope['method']} {' '.join(rest)} {scope['query_string'].decode()}".split()}
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(body if status == 200 else {}).encode()})
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "query", "by", "did"),
+    [
+        ("GET", "resp_b", b"", "b", ["GET"]),
+        ("GET", "resp_a", b"starting_after=1", "a", ["GET"]),
+        ("GET", "resp_b", b"stream=true&starting_after=1", "b", ["GET", "stream=true&starting_after=1"]),
+        ("GET", "resp_b", b"stream=false", "b", ["GET"]),
+        ("POST", "resp_b/cancel", b"", "b", ["POST", "cancel"]),
+    ],
+)
+def test_a_response_that_was_made_before_is_found_where_it_was_made(
+    method: str, path: str, query: bytes, by: str, did: list[str]
+) -> None:
+    app = gateway(("a", keeping("a", "resp_a")), ("b", keeping("b", "resp_b")))
+
+    async def steps() -> Visit:
+        visit = Visit(f"/v1/responses/{path}", method=method)
+        visit.scope["query_string"] = query
+        return await visit.made_of(app)
+
+    answer = asyncio.run(steps())
+    assert (answer.sent[0]["status"], json.loads(answer.body)) == (200, {"by": by, "did": did})
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "resp_x"), ("POST", "resp_x/cancel")])
+def test_a_response_that_nobody_keeps_is_404_as_vllm_answers_it(method: str, path: str) -> None:
+    app = gateway(("a", keeping("a")), ("b", keeping("b", "resp_b")), ("c", keeping("c", fails=501)))
+    answer = asyncio.run(Visit(f"/v1/responses/{path}", method=method).made_of(app))
+    error = json.loads(answer.body)["error"]
+    assert answer.sent[0]["status"] == error["code"] == 404
+    assert (error["type"], error["param"]) == ("invalid_request_error", "response_id")
+    assert error["message"] == "Response with id 'resp_x' not found."
+
+
+def test_a_response_that_an_engine_in_trouble_may_keep_is_503() -> None:
+    app = gateway(("a", keeping("a", "resp_a")), ("b", keeping("b", fails=500)))
+    visits = [Visit(f"/v1/responses/{response}", method="GET") for response in ("resp_a", "resp_x")]
+    assert [asyncio.run(visit.made_of(app)).sent[0]["status"] for visit in visits] == [200, 503]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -221,3 +294,50 @@ def test_a_stream_that_breaks_off_is_booked_as_far_as_it_came(engine: Engine, ho
         return await left_tokens(app)
 
     assert asyncio.run(steps()) == 1000 - 3 - 4
+
+
+def whole(engine: Engine) -> Any:
+    """As vLLM makes a whole answer: nothing is sent before it is complete, and cancelled it is not sent."""
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        nothing = b"nothing" in (await receive())["body"]
+        if not nothing:
+            engine.add("a")
+            engine.generate("a", 4)
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"null"})
+
+    return Metered(app, engine, along=True)
+
+
+@pytest.mark.parametrize("how", ["left", "late", "cancelled", "cancelled twice"])
+def test_a_whole_answer_that_nobody_waits_for_is_booked_as_far_as_it_came(
+    engine: Engine, how: str, tmp_path: Path
+) -> None:
+    write_to(tmp_path / "access.log")
+    limits = LimitsSection(request_timeout_s=0.3 if how == "late" else None)
+    app = guarded(gateway(("a", whole(engine))), GuardSettings((KEY,), limits), clock=lambda: 0.0)
+
+    async def steps() -> int:
+        visit = Visit("/v1/completions", b'{"model": "a"}')
+        request = asyncio.create_task(app(visit.scope, visit.receive, visit.send))
+        await asyncio.sleep(0.1)
+        if how == "left":
+            visit.over.set()
+        elif how != "late":
+            request.cancel()
+        if how == "cancelled twice":
+            await asyncio.sleep(0.02)
+            request.cancel()
+        await asyncio.wait([request], timeout=10)
+        return await left_tokens(app)
+
+    try:
+        assert asyncio.run(steps()) == 1000 - 3 - 4
+    finally:
+        stop_writing()
+    first = json.loads((tmp_path / "access.log").read_text().splitlines()[0])
+    expected = (504, "timeout") if how == "late" else (499, "disconnect")
+    assert (first["status"], first["outcome"], first["completion_tokens"]) == (*expected, 4)

@@ -124,3 +124,27 @@ def test_the_log_says_how_a_request_ended(log_file: Path) -> None:
         ("/breaks", 200, "disconnect"),
         ("/hangs", 499, "disconnect"),
     ]
+
+
+def test_a_server_that_raises_instead_of_telling_has_lost_its_client(log_file: Path) -> None:
+    """As Serve's Python proxy does at times, with Ray's TaskCancelledError."""
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        await read_body(receive)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def test() -> None:
+        messages = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            raise RuntimeError("the task was cancelled")
+
+        scope = {"type": "http", "path": "/leaves", "method": "POST", "headers": [(b"content-length", b"2")]}
+        await behind(app, log=True)(scope, receive, lambda _: None)
+
+    run(test())
+    [line] = lines(log_file)
+    assert (line["status"], line["outcome"]) == (499, "disconnect")

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylm.serving.gate import Gate
@@ -106,6 +106,7 @@ def test_a_client_that_goes_after_waiting_is_noticed_by_the_app() -> None:
     run(test())
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_places_are_never_lost_nor_given_twice(data: st.DataObject) -> None:
     """Requests enter, leave, wait and give up in any order; a list of who is in and who waits is the reference."""

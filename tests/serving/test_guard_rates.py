@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylm.serving.buckets import Allowance, Bucket, duration
 from tests.serving.guard_support import KEYS, Clock, ask, behind, costing, echo, run
 
 
+@settings(deadline=None)
 @given(
     per_minute=st.integers(1, 5000),
     steps=st.lists(st.tuples(st.floats(0, 90), st.integers(1, 300)), min_size=1, max_size=60),
@@ -37,6 +38,7 @@ def test_a_bucket_gives_no_more_than_its_minute_and_what_flowed_in(
             assert total <= per_minute + (at - spent[start][0]) * per_minute / 60 + 1e-6
 
 
+@settings(deadline=None)
 @given(costs=st.lists(st.integers(1, 500), min_size=1, max_size=30))
 def test_tokens_are_paid_afterwards_and_a_debt_is_waited_for(costs: list[int]) -> None:
     allowance, now, booked = Allowance(None, 600, 0.0), 0.0, 0

@@ -21,14 +21,16 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 WithClient = Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]
 
 
-def vllm_app(model: Path, *, tasks: tuple[str, ...] = ("render",), **engine: Any) -> tuple[Any, Any]:
+def vllm_app(
+    model: Path, *, tasks: tuple[str, ...] = ("render",), model_config: Any = None, **engine: Any
+) -> tuple[Any, Any]:
     """vLLM's app as our replica builds it, and its arguments."""
     from vllm.entrypoints.launchers.app import build_app
 
     from raylm.serving.replica import _parse
 
     namespace = _parse(ServeArgs(model=str(model), name="tiny", engine=engine), str(model))
-    return build_app(namespace, tasks), namespace
+    return build_app(namespace, tasks, model_config), namespace
 
 
 def ask_renderer(model: Path, test: WithClient, *, limits: LimitsSection | None = None, **engine: Any) -> None:
@@ -58,6 +60,41 @@ def test_no_client_changes_the_engines_processes(served_model_dir: Path) -> None
     before = {route.path for route in app.routes}
     close_operators_routes(app)
     assert before - {route.path for route in app.routes} == {"/scale_elastic_ep", "/is_scaling_elastic_ep"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "cannot", "can"),
+    [
+        (("generate",), ("/v1/embeddings", "/v2/embed", "/rerank", "/v1/systemone"), "/v1/chat/completions"),
+        (("embed",), ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/systemone"), "/v1/embeddings"),
+    ],
+)
+def test_what_a_model_cannot_is_a_404_that_says_what_it_can(
+    served_model_dir: Path, tasks: tuple[str, ...], cannot: tuple[str, ...], can: str
+) -> None:
+    from vllm import AsyncEngineArgs
+
+    from raylm.serving.unserved import refuse_what_the_model_cannot
+
+    runner = "pooling" if tasks == ("embed",) else "generate"
+    model_config = AsyncEngineArgs(model=str(served_model_dir), runner=runner).create_model_config()
+    app, _ = vllm_app(served_model_dir, tasks=tasks, model_config=model_config)
+    before = {route.path for route in app.routes}
+    refuse_what_the_model_cannot(app, "tiny")
+    assert {route.path for route in app.routes if getattr(route, "include_in_schema", False)} < before
+    assert "/v1/systemone" not in app.openapi()["paths"]
+
+    async def test() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://t") as client:
+            for path in cannot:
+                answer = await client.post(path, json={"model": "tiny", "input": "x"})
+                error = answer.json()["error"]
+                assert (answer.status_code, error["type"], error["code"]) == (404, "NotFoundError", 404)
+                assert f"The model `tiny` does not serve {path}. It serves " in error["message"]
+                assert can in error["message"]
+            assert (await client.post("/v1/nothing")).json() == {"detail": "Not Found"}
+
+    asyncio.run(test())
 
 
 def test_every_route_of_vllm_but_health_needs_a_key(served_model_dir: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raylm.serving.asgi import Message, Receive, Send
-from raylm.serving.relay import messages_of, request_of
+from raylm.serving.relay import Visits, messages_of, request_of
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 SCOPE: Message = {
@@ -36,6 +36,7 @@ async def collected(app: Any, content: bytes = b"") -> list[list[Message]]:
 
 def test_only_plain_values_travel() -> None:
     request = request_of(SCOPE, b"text")
+    assert request.pop("id") != request_of(SCOPE, b"text")["id"]
     assert request == {
         "scope": {
             "type": "http",
@@ -155,5 +156,64 @@ def test_what_the_app_raises_comes_after_what_it_sent() -> None:
         assert await anext(messages) == [START]
         with pytest.raises(ValueError, match="no"):
             await anext(messages)
+
+    run(steps)
+
+
+def usage(completion_tokens: int) -> Message:
+    return {"type": "raylm.usage", "prompt_tokens": 3, "completion_tokens": completion_tokens}
+
+
+@pytest.mark.parametrize("how", ["left", "closed", "cancelled", "cancelled twice"])
+def test_what_a_request_has_cost_is_known_whatever_becomes_of_its_call(how: str) -> None:
+    """Whole answers: until they are made, nothing is sent that could say it."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        await send(usage(1))
+        try:
+            await receive()
+            await asyncio.sleep(0.05 if how == "left" else 5)
+        finally:
+            await asyncio.sleep(0.01)
+            await send(usage(4))
+
+    async def steps() -> None:
+        visits, request = Visits(), request_of(SCOPE, b"")
+
+        async def call() -> list[list[Message]]:
+            return [batch async for batch in visits.messages(app, request)]
+
+        if how == "closed":
+            messages = visits.messages(app, request)
+            await anext(messages)
+            await messages.aclose()  # type: ignore[attr-defined]
+        else:
+            task = asyncio.ensure_future(call())
+            await asyncio.sleep(0.01)
+            if how != "left":
+                task.cancel()
+            if how == "cancelled twice":
+                await asyncio.sleep(0.01)
+                task.cancel()
+        assert await visits.leave(request["id"]) == {"prompt_tokens": 6, "completion_tokens": 5}
+        if how == "left":  # and heard by the call too, which ends by itself
+            assert await task == [[usage(1)], [usage(4)]]
+        assert await visits.leave("another") is None
+
+    run(steps)
+
+
+def test_requests_that_are_over_are_forgotten_in_the_end() -> None:
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await send(usage(1))
+
+    async def steps() -> None:
+        visits = Visits()
+        requests = [request_of(SCOPE, b"") for _ in range(1002)]
+        for request in requests:
+            assert [batch async for batch in visits.messages(app, request)] == [[usage(1)]]
+        known = [await visits.leave(request["id"]) for request in requests]
+        assert known == [None, None] + [{"prompt_tokens": 3, "completion_tokens": 1}] * 1000
 
     run(steps)
