@@ -73,11 +73,11 @@ def check_settings(config: TrainConfig) -> list[list[SourceFile]]:
     if resume not in (None, "auto") and not scheme_of(str(resume)):
         read_meta(Path(str(resume)).expanduser().resolve())
     files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
+    check_optimizer_use(config)
+    locate(config.model.path)
     if config.data.on_bad_row == "error":
         for own in files:
             check_first_rows(own, config.data.role_map)
-    check_optimizer_use(config)
-    locate(config.model.path)
     return files
 
 
