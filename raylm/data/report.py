@@ -86,7 +86,7 @@ class DataReport:
 
     def describe(self) -> str:
         """All counts in a line, and the share of each dataset where there are several."""
-        rejected = f"{len(self.rejected)} rejected ({self.describe_rejected()})"
+        rejected = f"{len(self.rejected)} rejected" + (f" ({self.describe_rejected()})" if self.rejected else "")
         parts = [f"{counted(self.rows, 'row')} = {self.used} used + {rejected}"]
         if self.left_out:
             parts[0] += f" + {self.left_out} left out"

@@ -41,11 +41,27 @@ def watch_run(run_dir: Path, stream: TextIO | None = None) -> Iterator[None]:
     thread = threading.Thread(target=follow, name="raylm-progress", daemon=True)
     thread.start()
     try:
-        yield
+        with log_above(stream):
+            yield
     finally:
         stop.set()
         thread.join()
         shown.close()
+
+
+@contextmanager
+def log_above(stream: TextIO) -> Iterator[None]:
+    """What is logged to `stream` goes where sys.stderr goes meanwhile: to what is drawn there, which makes room for
+    lines. Written to the terminal itself they would stand in the middle of it."""
+    streams = (handler for handler in logging.root.handlers if isinstance(handler, logging.StreamHandler))
+    handlers = [handler for handler in streams if handler.stream is stream]
+    for handler in handlers:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(stream)
 
 
 class _Lines:

@@ -254,7 +254,8 @@ class Candidates:
         if not any(points):
             raise ConfigError("space", "no `when` ever holds: all trials would be the base.", "Correct the conditions.")
         built = [self.build(number, settings) for number, settings in enumerate(points)]
-        own_cpus = local_cpus(built, self.config.concurrency) if is_local(built[0].cluster.address) else None
+        here = is_local(built[0].cluster.address)
+        num_cpus = local_cpus(built, self.config.concurrency) if here else 0
         metrics = {self.metric(config) for config in built}
         if len(metrics) > 1:
             raise ConfigError("metric", f"would be {' or '.join(sorted(metrics))} by the trial.", "Set metric.")
@@ -274,10 +275,10 @@ class Candidates:
                 self.check_whole(config, settings)
             if self.config.retrain_best:
                 self._check_retraining(settings, whole=place in new)
-        if own_cpus is not None:
+        if here:
             import torch
 
-            node = {"CPU": float(own_cpus), "GPU": float(torch.cuda.device_count())}
+            node = {"CPU": float(num_cpus), "GPU": float(torch.cuda.device_count())}
             plan_room(built, self.config.resources, self.config.concurrency, [node])
 
     def check_whole(self, config: TrainConfig, settings: Mapping[str, Any]) -> None:

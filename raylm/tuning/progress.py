@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raylm.training.metrics import METRICS_FILE, Tail, read_events
-from raylm.tuning.journal import Trial
+from raylm.training.progress import log_above
+from raylm.tuning.journal import ENDED, Trial
 from raylm.tuning.space import described
 from raylm.words import counted
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-LINE_INTERVAL_S = 15.0
+LINE_INTERVAL_S, LONGEST_INTERVAL_S = 15.0, 120.0
 _MOST_ROWS = 20
 
 
@@ -43,7 +44,8 @@ def watch_sweep(session: "Session", stream: TextIO | None = None) -> Iterator[No
     thread = threading.Thread(target=follow, name="raylm-sweep-progress", daemon=True)
     thread.start()
     try:
-        yield
+        with log_above(stream):
+            yield
     finally:
         stop.set()
         thread.join()
@@ -122,20 +124,25 @@ class SweepView:
 
 
 class _Lines:
-    """For logs: where all trials are, at most every LINE_INTERVAL_S; starts and ends are logged as they happen."""
+    """For logs: where the trials are that run, after LINE_INTERVAL_S and at ever longer intervals, if anything has
+    changed; starts and ends are logged as they happen."""
 
     def __init__(self) -> None:
-        self._shown_at = time.monotonic()
+        self._shown_at, self._pause = time.monotonic(), LINE_INTERVAL_S
+        self._shown: list[tuple[str, ...]] = []
 
     def show(self, view: SweepView) -> None:
-        if time.monotonic() - self._shown_at >= LINE_INTERVAL_S:
-            self._shown_at = time.monotonic()
-            logger.info("%s", view.summary())
-            for row in view.rows():
-                if row[2] not in ("finished", "stopped", "failed"):
-                    number, settings, state, step, value, left = row
-                    figures = [f"{state}, step {step}", value and f"best {value}", left and f"{left} left"]
-                    logger.info("  trial %s: %s (%s)", number, ", ".join(filter(None, figures)), settings)
+        if time.monotonic() - self._shown_at < self._pause:
+            return
+        rows = [row for row in view.rows() if row[2] not in ENDED]
+        if [row[:5] for row in rows] == self._shown:
+            return
+        self._shown_at, self._shown = time.monotonic(), [row[:5] for row in rows]
+        self._pause = min(2 * self._pause, LONGEST_INTERVAL_S)
+        logger.info("%s", view.summary())
+        for number, settings, state, step, value, left in rows:
+            figures = [f"{state}, step {step}", value and f"best {value}", left and f"{left} left"]
+            logger.info("  trial %s: %s (%s)", number, ", ".join(filter(None, figures)), settings)
 
     def close(self, view: SweepView) -> None:
         logger.info("%s", view.summary())
@@ -152,14 +159,16 @@ class _Table:
         self._live.start()
 
     def show(self, view: SweepView) -> None:
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=view.summary(), title_justify="left", box=None)
+        table = Table(box=None)
         for heading in ("trial", "settings", "state", "step", "best", "left"):
             table.add_column(heading, overflow="fold")
         for row in view.rows():
             table.add_row(*row)
-        self._live.update(table, refresh=True)
+        self._live.update(Group(Text(view.summary()), table), refresh=True)
 
     def close(self, view: SweepView) -> None:
         self.show(view)

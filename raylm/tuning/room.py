@@ -76,7 +76,8 @@ def plan_room(
         raise ClusterError(
             "resources",
             f"no node has {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')}, which one worker takes.",
-            "Lower resources.cpus_per_worker or resources.gpus_per_worker.",
+            "Lower resources.cpus_per_worker or resources.gpus_per_worker, or name a cluster that has them: "
+            "cluster.address, or RAY_ADDRESS.",
         )
     needed = workers * cpus + DATA_CPUS
     # A worker lies on one node, and a share of a GPU on one GPU.

@@ -1,5 +1,8 @@
+import io
 import json
 import logging
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,26 @@ def test_a_resumed_run_shows_its_own_steps_only(tmp_path: Path, caplog: pytest.L
         del lines[-1]["train/grad_norm"]  # an fp16 step that was passed over
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [message.split("  ")[0] for message in caplog.messages] == ["training (step 4)", "step 6/6"]
+
+
+def test_what_is_logged_stands_above_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not behind it, where the next drawing would leave half a bar."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    handler = logging.StreamHandler(terminal)
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    with watch_run(tmp_path, terminal):
+        while "starting" not in terminal.getvalue():
+            time.sleep(0.01)
+        logging.getLogger("raylm").warning("one line")
+        time.sleep(0.3)
+    assert handler.stream is terminal
+    (line,) = (part for part in re.split(r"\n|\r", terminal.getvalue()) if "one line" in part)
+    assert re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) == "one line"
 
 
 def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import logging
 import math
 import pickle
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -432,9 +434,33 @@ def test_a_terminal_gets_a_table_and_a_log_gets_lines(
     found.reported(0, report(2, 1.25))
     caplog.clear()
     with caplog.at_level("INFO"):
-        _Lines().show(SweepView(found))
+        lines = _Lines()
+        for _ in range(2):  # the second time nothing has changed
+            lines.show(SweepView(found))
     rate = found.state.trials[0].settings["optimizer.learning_rate"]
-    assert caplog.messages[1] == f"  trial 0: running, step 2/4, best 1.25 (optimizer.learning_rate={rate:.4g})"
+    assert caplog.messages == [
+        "1 of 3 trials: 1 running; best 1.25 (trial 0, step 2)",
+        f"  trial 0: running, step 2/4, best 1.25 (optimizer.learning_rate={rate:.4g})",
+    ]
+
+
+def test_what_is_logged_stands_above_the_table(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    found, terminal = session(settings), Terminal()
+    handler = logging.StreamHandler(terminal)
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    monkeypatch.setattr("raylm.tuning.progress.POLL_S", 0.01)
+    with watch_sweep(found, terminal):
+        while "settings" not in terminal.getvalue():
+            time.sleep(0.01)
+        logging.getLogger("raylm").warning("one line")
+        time.sleep(0.1)
+    assert handler.stream is terminal
+    (line,) = (part for part in re.split(r"\n|\r", terminal.getvalue()) if "one line" in part)
+    assert re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) == "one line"
 
 
 def test_reports_come_at_their_steps_with_the_figures_up_to_them(settings: dict[str, Any], tmp_path: Path) -> None:
