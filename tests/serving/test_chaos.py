@@ -37,6 +37,11 @@ def processes(server: Running, word: str) -> list[int]:
     return sorted(process.pid for process in below if word in command_line(process))
 
 
+def runs(process: psutil.Process) -> bool:
+    """An engine whose replica was killed has no parent that would look at its end."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def until(what: str, seconds: float, is_so: object) -> float:
     """Seconds until `is_so()`. Raises AssertionError when it takes longer than allowed."""
     assert callable(is_so)
@@ -99,6 +104,7 @@ def test_a_killed_replica_costs_only_what_was_in_flight(
     settings = ["dtype=float32", "num_replicas=2", "num_cpus=1"]
     with running_server(served_model_dir, tmp_path_factory.mktemp("two"), settings) as server:
         assert len(processes(server, "ray::ServeReplica")) == 2
+        engines = [psutil.Process(engine) for engine in processes(server, "EngineCore")]
         pages = [server.get("/metrics").text for _ in range(12)]
         assert len({re.findall(r'^vllm:num_requests_running{replica="(\w+)"', page, re.M)[0] for page in pages}) == 2
         begun, failed, killed_at = asyncio.run(load_and_kill(server))
@@ -109,6 +115,7 @@ def test_a_killed_replica_costs_only_what_was_in_flight(
         print([round(start - killed_at, 2) for start, _ in failed])
         assert all(start < killed_at + 1 for start, _ in failed)
         assert all(reason for _, reason in failed)
+        until("an engine outlives its replica", 20, lambda: sum(runs(engine) for engine in engines) == 1)
         until("no second replica", 120, lambda: len(processes(server, "EngineCore")) == 2)
         assert answers(server)
 

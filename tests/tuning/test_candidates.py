@@ -154,8 +154,14 @@ def test_every_reported_loss_has_a_checkpoint(settings: dict[str, Any], write_da
     ],
 )
 def test_what_is_wrong_is_told_before_anything_starts(
-    settings: dict[str, Any], override: dict[str, Any], kind: type[RaylmError], message: str
+    settings: dict[str, Any],
+    override: dict[str, Any],
+    kind: type[RaylmError],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On this machine, whatever Ray the tests have running."""
+    monkeypatch.setattr("raylm.tuning.candidates.is_local", lambda _: True)
     with pytest.raises(kind, match=message):
         candidates(settings, override).check()
 
