@@ -61,6 +61,15 @@ def logged(server: Running, request_id: str) -> dict[str, Any]:
     return found[0]
 
 
+def access_lines() -> list[dict[str, Any]]:
+    """What all replicas on the Ray of this process have logged so far."""
+    import ray
+
+    folder = Path(ray._private.worker._global_node.get_session_dir_path())
+    texts = (file.read_text() for file in folder.glob("logs/serve/access_*.log"))
+    return [json.loads(line) for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def self_signed(folder: Path) -> tuple[Path, Path]:
     """A certificate of 127.0.0.1 and its key."""
     from cryptography import x509

@@ -1,10 +1,8 @@
 """Clients that hang up before a whole answer, through Serve and its proxies; a small ASGI app in place of vLLM's."""
 
-import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ from raylm.serving.gateway import _live as live
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.proxy import front_door
 from raylm.serving.relay import EngineReplica
-from tests.serving.door_support import eventually
+from tests.serving.door_support import access_lines, eventually
 from tests.serving.servers import free_port
 
 COUNT = 12
@@ -76,14 +74,6 @@ def port(request: pytest.FixtureRequest, ray_cluster: Any) -> Iterator[int]:
         yield config.port
         serve.delete("direct")
         serve.delete("raylm")
-
-
-def access_lines() -> list[dict[str, Any]]:
-    import ray
-
-    [folder] = {Path(ray._private.worker._global_node.get_session_dir_path())}
-    texts = (file.read_text() for file in folder.glob("logs/serve/access_*.log"))
-    return [json.loads(line) for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/direct/v1/completions"])
