@@ -1,7 +1,5 @@
-import io
 import json
 import logging
-import re
 import time
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 
 from raylm.training.metrics import MetricsWriter, plot_losses, read_metrics
 from raylm.training.progress import watch_run
+from tests.terminal import Terminal
 
 STEP = {
     "train/loss": 1.5,
@@ -50,10 +49,6 @@ def test_a_resumed_run_shows_its_own_steps_only(tmp_path: Path, caplog: pytest.L
 def test_what_is_logged_stands_above_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not behind it, where the next drawing would leave half a bar."""
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     terminal = Terminal()
     handler = logging.StreamHandler(terminal)
     monkeypatch.setattr(logging.root, "handlers", [handler])
@@ -63,8 +58,7 @@ def test_what_is_logged_stands_above_the_bar(tmp_path: Path, monkeypatch: pytest
         logging.getLogger("raylm").warning("one line")
         time.sleep(0.3)
     assert handler.stream is terminal
-    (line,) = (part for part in re.split(r"\n|\r", terminal.getvalue()) if "one line" in part)
-    assert re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) == "one line"
+    assert terminal.line_with("one line") == "one line"
 
 
 def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import pickle
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from raylm.tuning.running import _Figures
 from raylm.tuning.search import RandomSearch, make_search
 from raylm.tuning.session import Session
 from tests.conftest import PAIRS
+from tests.terminal import Terminal
 
 
 @pytest.fixture
@@ -419,10 +419,6 @@ def test_a_terminal_gets_a_table_and_a_log_gets_lines(
     found = session(settings)
     found.next_trial()
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     terminal = Terminal()
     with watch_sweep(found, terminal):
         pass
@@ -445,10 +441,6 @@ def test_a_terminal_gets_a_table_and_a_log_gets_lines(
 
 
 def test_what_is_logged_stands_above_the_table(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     found, terminal = session(settings), Terminal()
     handler = logging.StreamHandler(terminal)
     monkeypatch.setattr(logging.root, "handlers", [handler])
@@ -459,8 +451,7 @@ def test_what_is_logged_stands_above_the_table(settings: dict[str, Any], monkeyp
         logging.getLogger("raylm").warning("one line")
         time.sleep(0.1)
     assert handler.stream is terminal
-    (line,) = (part for part in re.split(r"\n|\r", terminal.getvalue()) if "one line" in part)
-    assert re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) == "one line"
+    assert terminal.line_with("one line") == "one line"
 
 
 def test_reports_come_at_their_steps_with_the_figures_up_to_them(settings: dict[str, Any], tmp_path: Path) -> None:
