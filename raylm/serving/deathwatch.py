@@ -6,7 +6,7 @@ own notices the end of the one that made it by the end of a pipe, and kills what
 
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,7 @@ import psutil
 
 _WATCH = """
 import os, sys
-sys.stdin.buffer.read()
-for told in sys.argv[1:]:
+for told in sys.stdin.read().split():
     pid, _, began = told.partition(":")
     try:
         with open(f"/proc/{pid}/stat") as stat:
@@ -27,17 +26,23 @@ for told in sys.argv[1:]:
 
 
 @contextmanager
-def dying_together(processes: Iterable[psutil.Process]) -> Iterator[None]:
-    """Around the life of these processes: they are killed when this process ends within the block, or after the block
-    where they still run. On Linux only; elsewhere nothing is done."""
-    told = [f"{process.pid}:{began}" for process in processes if (began := _began(process.pid))]
-    if not told:
-        yield
-        return
+def deathwatch() -> Iterator[Callable[[Iterable[psutil.Process]], None]]:
+    """Gives a function that takes processes: they are killed when this process ends within the block, or after the
+    block where they still run. On Linux; elsewhere nothing is killed."""
     # A session of its own: ctrl-c, or whatever ends a process group, must not end the watch first.
-    command = [sys.executable, "-I", "-S", "-c", _WATCH, *told]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True):
-        yield  # leaving Popen's block closes the pipe and waits
+    command = [sys.executable, "-I", "-S", "-c", _WATCH]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as watch:  # leaving it closes the pipe and waits
+        pipe = watch.stdin
+        assert pipe is not None
+
+        def tell(processes: Iterable[psutil.Process]) -> None:
+            for process in processes:
+                if began := _began(process.pid):
+                    print(f"{process.pid}:{began}", file=pipe, flush=True)
+
+        yield tell
 
 
 def _began(pid: int) -> str:

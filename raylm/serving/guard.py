@@ -427,7 +427,7 @@ def _heard(receive: Receive) -> Receive:
     async def heard() -> Message:
         try:
             return await receive()
-        except Exception:
+        except Exception:  # whatever kind: the guard knows no server, and from here on the client is gone
             return DISCONNECT
 
     return heard

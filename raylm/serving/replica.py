@@ -9,7 +9,7 @@ import os
 import re
 import types
 from argparse import Namespace
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from raylm.serving.adapter_routes import close_vllm_adapter_routes, serve_adapte
 from raylm.serving.amount import limit_requests
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.asked_name import answer_as_asked, each_request_anew
-from raylm.serving.deathwatch import dying_together
+from raylm.serving.deathwatch import deathwatch
 from raylm.serving.engine_args import command_line, model_name
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.metrics import OneMetricsPage, Phases, ServePage, own_metrics, replica_id
@@ -50,9 +50,8 @@ class Replica:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_gib
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         self._guard = guard.or_key(ApiKey(ONLY_KEY, digest(node_key))) if guard and node_key else guard
-        self._deathwatch = ExitStack()
         self._exit_stack = AsyncExitStack()
-        self._exit_stack.callback(self._deathwatch.close)  # the last: by then the engine has ended
+        die_with_us = self._exit_stack.enter_context(deathwatch())  # left last: by then the engine has ended
         self._args, self._phases = args, Phases()
         with self._phases.timed("import"):
             from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -63,8 +62,7 @@ class Replica:
                 client = build_async_engine_client(self._namespace)
                 others = set(psutil.Process().children(recursive=True))
                 self._engine = await self._exit_stack.enter_async_context(client)
-                began = set(psutil.Process().children(recursive=True)) - others
-                self._deathwatch.enter_context(dying_together(began))
+                die_with_us(set(psutil.Process().children(recursive=True)) - others)
             with self._phases.timed("first answer"):
                 await self._answer_once()
         except Exception as error:

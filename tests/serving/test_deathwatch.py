@@ -8,16 +8,17 @@ import time
 import psutil
 import pytest
 
-from raylm.serving.deathwatch import dying_together
+from raylm.serving.deathwatch import deathwatch
 
 # Starts a process that would go on for ever, says its id, and waits.
 PARENT = """
 import subprocess, sys, time
 import psutil
-from raylm.serving.deathwatch import dying_together
+from raylm.serving.deathwatch import deathwatch
 
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-with dying_together([psutil.Process(child.pid)]):
+with deathwatch() as die_with_us:
+    die_with_us([psutil.Process(child.pid)])
     print(child.pid, flush=True)
     time.sleep(600)
 """
@@ -48,13 +49,15 @@ def test_after_the_block_what_still_runs_is_killed_and_nobody_else(same: bool, m
         process = psutil.Process(child.pid)
         if not same:
             monkeypatch.setattr("raylm.serving.deathwatch._began", lambda _pid: "12")
-        with dying_together([process]):
+        with deathwatch() as die_with_us:
+            die_with_us([process])
             assert process.is_running()
         assert ends(process, 20 if same else 0.5) is same
         child.kill()
 
 
-def test_nothing_to_watch_starts_nothing() -> None:
-    before = psutil.Process().children()
-    with dying_together([]):
-        assert psutil.Process().children() == before
+def test_one_that_has_ended_is_passed_over() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        process = psutil.Process(child.pid)
+    with deathwatch() as die_with_us:
+        die_with_us([process])
