@@ -96,7 +96,7 @@ def run_distillation(config: DistillConfig) -> DistillResult:
         narrower_config(
             model_config, hidden_size=config.hidden_size, num_layers=len(layers), name=config.model
         )  # says now what does not fit
-    list_files(config.data)
+    list_files(config.data, "the setting data")
     _train_config(config, "m", "d", output, max_seq_len=_MIN_SEQ_LEN)
     if not load_tokenizer(target).chat_template:
         raise ModelError(config.model, "its tokenizer has no chat template.", "Use a chat model.")

@@ -42,7 +42,7 @@ def run_extension(config: VocabularyConfig) -> VocabularyResult:
     """
     output = Path(config.output).expanduser()
     check_output(output)
-    list_files(config.corpus)
+    list_files(config.corpus, "the setting corpus")
     rows_before = num_rows_of(config.model_section)
     folder = as_folder(config.model, config.revision)
     tokenizer = load_tokenizer(folder, revision=config.revision, trust_remote_code=config.trust_remote_code)

@@ -95,6 +95,21 @@ def test_a_run_directory_that_is_taken_is_refused_before_the_heavy_imports(comma
     assert not {"torch", "ray", "transformers"} & set(heavy)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["output=answers.txt"], "answers.txt: has an unknown ending"),
+        (["output=absent/answers.jsonl"], "its folder does not exist"),
+        (["output=/proc/answers.jsonl"], "/proc/answers.jsonl: cannot be written"),
+        (["data=absent.json"], "absent.json: there is no such file or folder. Check the setting data.\n"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_heavy_imports(settings: list[str], message: str) -> None:
+    heavy, said = heavy_after(["generate", "m", "Who are you?", *settings])
+    assert message in said
+    assert not {"torch", "ray", "transformers", "vllm"} & set(heavy)
+
+
 def test_the_package_itself_is_light() -> None:
     code = "import sys, raylm, raylm.config, raylm.errors; print([n for n in ('torch', 'ray') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

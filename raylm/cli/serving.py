@@ -63,7 +63,9 @@ def _with_adapter(options: Any) -> list[str]:
 
 
 def _curl(url: str, model: str) -> str:
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}]})
+    # Without a limit a small machine answers for minutes, and shows nothing meanwhile.
+    messages = [{"role": "user", "content": "Who are you?"}]
+    body = json.dumps({"model": model, "messages": messages, "max_tokens": 64})
     return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
 
 

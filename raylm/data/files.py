@@ -45,19 +45,19 @@ def suffix_of(path: str) -> str:
     return parts[-1] if parts else ""
 
 
-def expand(path: str, endings: tuple[str, ...]) -> list[str]:
+def expand(path: str, endings: tuple[str, ...], setting: str) -> list[str]:
     """The files that a path names: itself, those of a folder (recursively, sorted, by ending), or those of a pattern.
 
-    Hidden files are left out of folders. Raises DataError when there is none.
+    Hidden files are left out of folders. Raises DataError, which names the setting, when there is none.
     """
     scheme = scheme_of(path)
     if scheme in WEB_SCHEMES:
         return [path]
     if scheme in ARROW_SCHEMES:
-        return _expand_remote(path, endings)
+        return _expand_remote(path, endings, setting)
     if scheme:
         raise DataError(path, f"addresses of kind {scheme}:// are not known.", f"Known: {_schemes()}.")
-    return _expand_local(path, endings)
+    return _expand_local(path, endings, setting)
 
 
 def _schemes() -> str:
@@ -68,7 +68,7 @@ def _wanted(relative: str, endings: tuple[str, ...]) -> bool:
     return suffix_of(relative) in endings and not any(part.startswith((".", "_")) for part in Path(relative).parts)
 
 
-def _expand_local(path: str, endings: tuple[str, ...]) -> list[str]:
+def _expand_local(path: str, endings: tuple[str, ...], setting: str) -> list[str]:
     local = Path(path).expanduser()
     if local.is_dir():
         found = sorted(
@@ -82,12 +82,12 @@ def _expand_local(path: str, endings: tuple[str, ...]) -> list[str]:
     if any(sign in path for sign in "*?["):
         matches = sorted(name for name in glob.glob(str(local), recursive=True) if Path(name).is_file())
         if not matches:
-            raise DataError(path, "the pattern matches no file.", "Check data.train and data.eval.")
+            raise DataError(path, "the pattern matches no file.", f"Check {setting}.")
         return [str(Path(name).resolve()) for name in matches]
-    raise DataError(path, "there is no such file or folder.", "Check data.train and data.eval.")
+    raise DataError(path, "there is no such file or folder.", f"Check {setting}.")
 
 
-def _expand_remote(path: str, endings: tuple[str, ...]) -> list[str]:
+def _expand_remote(path: str, endings: tuple[str, ...], setting: str) -> list[str]:
     from pyarrow import fs
 
     system, bucket = object_store(path)
@@ -104,12 +104,12 @@ def _expand_remote(path: str, endings: tuple[str, ...]) -> list[str]:
     except OSError as error:
         raise DataError(shown(path), f"cannot be listed: {error}.", "Check the address and credentials.") from None
     if not entries:
-        raise DataError(shown(path), "there is no such object, folder or bucket.", "Check data.train and data.eval.")
+        raise DataError(shown(path), "there is no such object, folder or bucket.", f"Check {setting}.")
     names = sorted(entry.path[len(root) + 1 :] for entry in entries if entry.type == fs.FileType.File)
     if pattern:
         names = [name for name in names if _matches(name.split("/"), key.split("/"))]
         if not names:
-            raise DataError(shown(path), "the pattern matches no object.", "Check data.train and data.eval.")
+            raise DataError(shown(path), "the pattern matches no object.", f"Check {setting}.")
     else:
         names = [name for name in names if _wanted(name[len(fixed) :].lstrip("/"), endings)]
         if not names:

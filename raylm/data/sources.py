@@ -26,13 +26,16 @@ class SourceFile:
     options: ReadOptions = field(default_factory=ReadOptions)
 
 
-def list_files(sources: Sequence[SourceSection]) -> list[SourceFile]:
-    """The files of all datasets, in order. Raises DataError for what is missing, unreadable or named twice."""
+def list_files(sources: Sequence[SourceSection], setting: str = "data.train and data.eval") -> list[SourceFile]:
+    """The files of all datasets, in order; setting: what names them, for messages.
+
+    Raises DataError for what is missing, unreadable or named twice.
+    """
     files: list[SourceFile] = []
     for number, source in enumerate(sources):
         check_format(source.format, source.path)
         options = ReadOptions(source.config, source.split, source.revision, source.streaming)
-        for path in _paths(source.path):
+        for path in _paths(source.path, setting):
             files.append(
                 SourceFile(path, number, source.format, source.columns, source.weight, source.template, options)
             )
@@ -48,13 +51,13 @@ def list_files(sources: Sequence[SourceSection]) -> list[SourceFile]:
     return files
 
 
-def _paths(path: str) -> list[str]:
+def _paths(path: str, setting: str) -> list[str]:
     if scheme_of(path) == HUB_SCHEME:
         return [path]
     saved = Path(path).expanduser()
     if (saved / "state.json").is_file():  # of datasets.save_to_disk
         return _saved_dataset(saved)
-    paths = expand(path, tuple(READERS))
+    paths = expand(path, tuple(READERS), setting)
     if (saved / "dataset_dict.json").is_file():
         raise DataError(path, "holds several splits.", "Name the folder of one of them.")
     return paths

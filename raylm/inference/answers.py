@@ -20,7 +20,7 @@ from typing import IO, Any
 from raylm.errors import DataError, RunDirError
 from raylm.inference.ledger import Entry, Ledger, Totals
 from raylm.inference.manifest import Manifest, differences, read_manifest, write_manifest
-from raylm.inference.output import holds_answers_to_prompts, kind_of_output, sync_folder, write_answers
+from raylm.inference.output import check_output, holds_answers_to_prompts, kind_of_output, sync_folder, write_answers
 
 _COMMIT_S = 2.0
 """Work that a kill may cost, beside the batches that the engines are at."""
@@ -57,14 +57,13 @@ class Answers:
         overwrite: bool = False,
     ) -> None:
         """shard_kind: ending of the files of a folder; overwrite: answers of another run."""
+        check_output(output)
         self.kind = kind_of_output(output)
         self.path = Path(output).expanduser().absolute()
         self.is_folder = self.kind == "folder"
         self.work = self.path / "_raylm" if self.is_folder else self.path.with_name(f"_{self.path.name}.raylm")
         self._shard_kind, self._shard_rows = shard_kind, shard_rows
         self._manifest = manifest
-        if not self.path.parent.is_dir():
-            raise DataError(str(self.path), "its folder does not exist.", "Create it, or choose another output.")
         try:
             self._check_folder()
             if not overwrite:

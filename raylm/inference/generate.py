@@ -29,6 +29,7 @@ from raylm.errors import ConfigError, DataError, ModelError
 from raylm.inference.answers import Answers, Batch
 from raylm.inference.engine import RESERVED, engine_environment, gpus_of_replica, speculation_options
 from raylm.inference.manifest import describe
+from raylm.inference.output import check_output
 from raylm.inference.progress import Progress
 from raylm.inference.reading import batches_of, read_files
 from raylm.inference.worker import PROMPTS, AnswerStage, error_of_json, template_of
@@ -70,9 +71,10 @@ class GenerateResult:
 
 def run_generation(config: GenerateConfig) -> GenerateResult:
     """Answers every row of the configuration. Raises RaylmError before an engine loads where it can."""
+    check_output(config.output)
     check_engine_keys(config.engine, RESERVED)
     check_set_once(config.speculation, config.engine)
-    files = list_files(config.data)
+    files = list_files(config.data, "the setting data")
     _check_output_is_no_input(config, files)
     folder = as_folder(config.model)
     _check_templates(config, folder, files)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,20 @@ def kind_of_output(output: str) -> str:
     raise DataError(
         output, "has an unknown ending.", f"Use .{', .'.join(WRITERS)}, or a name that ends with / for a folder."
     )
+
+
+def check_output(output: str) -> None:
+    """What can be known of an output before anything is loaded. Raises DataError where it has no kind, or no file can
+    be made there."""
+    kind_of_output(output)
+    path = Path(output).expanduser().absolute()
+    if not path.parent.is_dir():
+        raise DataError(str(path), "its folder does not exist.", "Create it, or choose another output.")
+    try:
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
+            pass
+    except OSError as error:
+        raise DataError(output, f"cannot be written: {error.strerror}.", "Choose another output.") from None
 
 
 def write_answers(path: Path, kind: str, pieces: Iterable[bytes]) -> None:

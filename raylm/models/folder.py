@@ -18,6 +18,10 @@ from typing import Literal
 from raylm.errors import ModelError
 
 PACKAGE_PREFIX = "pkg://"
+_RUNS = "runs"
+"""Where runs lie unless `run.dir` says otherwise."""
+_EXPORTS = ("export", "best/export")
+"""Where the model lies in the folder of a run, and in that of a sweep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,15 @@ def locate(path: str) -> ModelLocation:
         if local.suffix != ".gguf":
             raise ModelError(path, "is a file, but not a .gguf file.", "Give a hub id, a model folder or a GGUF file.")
         return ModelLocation("gguf", str(local.resolve()))
-    looks_like_a_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or local.suffix == ".gguf"
-    if looks_like_a_path:
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or local.suffix == ".gguf":
         raise ModelError(path, "there is no such file or folder.", "Give a hub id, a model folder or a GGUF file.")
+    first, slash, _ = path.partition("/")
+    if slash and (first == _RUNS or Path(first).is_dir()):  # before a hub is asked, which takes long to say no
+        raise ModelError(
+            path,
+            f"there is no such file or folder in {first}/.",
+            "Give a model folder or a GGUF file; a hub id where no folder has the name of its first part.",
+        )
     return ModelLocation("hub", path)
 
 
@@ -82,7 +92,9 @@ def _locate_in_package(path: str) -> ModelLocation:
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise ModelError(str(folder), "has no config.json, so it is not a model folder.")
+        export = next((name for name in _EXPORTS if (folder / name / "config.json").is_file()), None)
+        remedy = f"Its model is {folder / export}." if export else ""
+        raise ModelError(str(folder), "has no config.json, so it is not a model folder.", remedy)
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):

@@ -72,7 +72,7 @@ def check_settings(config: TrainConfig) -> list[list[SourceFile]]:
     resume = config.training.resume
     if resume not in (None, "auto") and not scheme_of(str(resume)):
         read_meta(Path(str(resume)).expanduser().resolve())
-    files = [list_files(sources) for sources in (config.data.train, config.data.eval)]
+    files = [list_files(config.data.train, "data.train"), list_files(config.data.eval, "data.eval")]
     check_optimizer_use(config)
     locate(config.model.path)
     if config.data.on_bad_row == "error":

@@ -33,7 +33,7 @@ def test_patterns(tmp_path: Path) -> None:
 
 
 def test_missing_empty_unknown_and_doubled_paths(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no such file or folder"):
+    with pytest.raises(DataError, match=r"there is no such file or folder\. Check data\.train and data\.eval\.$"):
         _files(tmp_path / "absent.json")
     with pytest.raises(DataError, match="the folder holds no dataset files"):
         _files(tmp_path)

@@ -159,13 +159,14 @@ def test_what_is_wrong_is_said_before_an_engine_starts(asked_model_dir: Path, tm
         ({"output": str(tmp_path / "a.jsonl")}, ConfigError, "is read from"),
         ({"output": str(tmp_path / "b.jsonl"), "data": str(tmp_path)}, ConfigError, "which is read"),
         ({"output": str(tmp_path / "absent" / "out.jsonl")}, DataError, "folder does not exist"),
+        ({"output": "/proc/out.jsonl"}, DataError, "cannot be written"),
         ({"engine": {"max-num-seqs": 8}}, ConfigError, "Write engine.max_num_seqs"),
         ({"engine": {"dtype": "float16"}}, ConfigError, "Set dtype instead"),
         ({"template": "chatmll"}, DataError, "Did you mean chatml"),
         ({"n": 2, "temperature": 0}, ConfigError, "set temperature"),
         ({"n": 2, "turns": "all"}, ConfigError, "excludes n=2"),
         ({"structured": {"jsn": {}}}, ConfigError, "structured takes one of"),
-        ({"data": str(tmp_path / "absent.jsonl")}, DataError, "no such file"),
+        ({"data": str(tmp_path / "absent.jsonl")}, DataError, "no such file or folder. Check the setting data"),
     ):
         with pytest.raises(error, match=said):
             raylm.generate({**config, **change})

@@ -28,6 +28,26 @@ def test_paths_that_do_not_exist(path: str, problem: str) -> None:
         locate(path)
 
 
+def test_a_path_that_looks_like_a_hub_id_is_one_only_where_no_folder_has_its_first_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"^runs/nope: there is no such file or folder in runs/\."):
+        locate("runs/nope")
+    assert locate("org/name").kind == "hub"
+    (tmp_path / "org").mkdir()
+    with pytest.raises(ModelError, match=r"^org/name: there is no such file or folder in org/\."):
+        locate("org/name")
+
+
+@pytest.mark.parametrize("inside", ["export", "best/export"])
+def test_the_folder_of_a_run_names_its_export(inside: str, tmp_path: Path) -> None:
+    (tmp_path / inside).mkdir(parents=True)
+    (tmp_path / inside / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=rf"has no config\.json.* Its model is {tmp_path}/{inside}\.$"):
+        locate(str(tmp_path))
+
+
 def test_folders_without_weights_or_configuration(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         locate(str(tmp_path))
