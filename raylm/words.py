@@ -1,4 +1,14 @@
-"""Counts as people read them."""
+"""Counts and lists as people read them."""
+
+from collections.abc import Sequence
+
+_MOST_NAMES = 20
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b, c`; of many the first, `and 5 more`."""
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def counted(number: float, noun: str) -> str:

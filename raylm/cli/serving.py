@@ -9,6 +9,7 @@ from typing import Any
 import raylm
 from raylm.cli.arguments import add_command, add_group, add_overrides
 from raylm.errors import ConfigError
+from raylm.words import listed
 
 
 def add(commands: Any) -> None:
@@ -45,9 +46,10 @@ def _serve(options: Any) -> None:
         model = server.adapter or server.model
         if options.json:
             page = {"chat_page": server.chat_page} if server.chat_page else {}
-            print(json.dumps({"url": server.url, "model": model, **page}), flush=True)
+            print(json.dumps({"url": server.url, "model": model, "models": server.models, **page}), flush=True)
         else:
-            print(f"{model} is served at {server.url}/v1 (ctrl-c stops it). Try:", flush=True)
+            are = "is" if len(server.models) == 1 else "are"
+            print(f"{listed(server.models)} {are} served at {server.url}/v1 (ctrl-c stops it). Try:", flush=True)
             print(_curl(server.url, model), flush=True)
             if server.chat_page:
                 print(f"Chat page: {server.chat_page}", flush=True)

@@ -28,6 +28,7 @@ from raylm.models.adapter_files import linear_shapes
 from raylm.models.folder import as_folder
 from raylm.serving.adapter_survey import DEFAULT_RANK, open_adapters
 from raylm.serving.adapters import AdapterPool, LoadedAdapter, UnknownAdapterError
+from raylm.words import listed
 
 _SWITCH = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
@@ -189,11 +190,14 @@ class _Models:
         """vLLM's question for a `model` that is not the base: a LoRARequest, or the error to answer."""
         from fastapi import HTTPException
         from vllm.entrypoints.serve import create_error_response
+        from vllm.exceptions import VLLMNotFoundError
 
         try:
             adapter = await self._pool.get(self.adapter_in(model))
-        except UnknownAdapterError as error:
-            return create_error_response(str(error), "NotFoundError", HTTPStatus.NOT_FOUND, "model")
+        except UnknownAdapterError:
+            # Raised: vLLM would drop the message of a 404 that is returned, and name none of the adapters.
+            message = f"The model `{model}` does not exist. It is one of {listed(await self._known_names())}."
+            raise VLLMNotFoundError(message) from None
         except ModelError as error:
             return create_error_response(str(error), "BadRequestError", HTTPStatus.BAD_REQUEST, "model")
         except ServingError as error:
@@ -203,6 +207,12 @@ class _Models:
         assert task is not None
         _ASKED.set(_Asked(model, request, weakref.ref(task)))
         return request
+
+    async def _known_names(self) -> list[str]:
+        adapters: list[str] = []
+        with suppress(ServingError):  # the base is served whatever the root does
+            adapters = await self._pool.names()
+        return [*self.base_names, *(f"{self.base_names[0]}:{name}" for name in adapters)]
 
     def model_name(self, lora_request: Any = None) -> str:
         """What a response calls its model: what was asked."""

@@ -205,6 +205,10 @@ class AdapterPool:
             if found is not None:
                 self._surveys[name] = found
 
+    async def names(self) -> list[str]:
+        """The names there are, sorted, as they were listed last. Raises ServingError when the root does not answer."""
+        return sorted(await self._known())
+
     async def _known(self, *, force: bool = False) -> frozenset[str]:
         """The names there are, from one listing in `fresh_s` seconds, whoever asks for what."""
         async with self._names_lock:

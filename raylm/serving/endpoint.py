@@ -14,18 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from raylm.config.serving import ServeConfig
+from raylm.config.serving import ServeArgs, ServeConfig
 from raylm.errors import ConfigError, ServingError
 from raylm.ray_session import ray_session
 from raylm.serving import history
+from raylm.serving.adapter_survey import open_adapters
 from raylm.serving.api_key import read_api_keys
 from raylm.serving.app import build_app, checked_models
 from raylm.serving.chat_page import chat_page_beside, check_gradio
 from raylm.serving.checks import check_port, check_tls
 from raylm.serving.engine_args import adapter_model, model_name
-from raylm.serving.models import models_of, needs_gateway
-from raylm.serving.processes import no_process_left
+from raylm.serving.models import models_of, names_of, needs_gateway
+from raylm.serving.processes import Descendants, no_process_left
 from raylm.serving.proxy import LOOPBACK, FrontDoor, front_door
+from raylm.words import listed
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class Endpoint:
     """Address of the chat page, where there is one."""
     adapter: str | None = None
     """What clients send as `model` for the single `adapter`, where there is one."""
+    models: tuple[str, ...] = ()
+    """All that clients may send as `model` when the server starts: models, aliases and adapters."""
 
     def wait(self) -> None:
         """Blocks until interrupted. Raises ServingError when the application fails for good."""
@@ -73,7 +77,8 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
         no_process_left() as descendants,
         quiet_serve_logger(),
         ray_session(config.cluster_address, num_cpus=os.cpu_count() or 1) as ray,
-        _terminated_like_interrupted(),  # after Ray, whose own handler ends the process within seconds
+        # After Ray, whose own handler ends the process within seconds.
+        _terminated_like_interrupted(descendants, ray.get_runtime_context().gcs_address),
         descendants.noted(),
     ):
         versions: dict[str, str] = {}
@@ -81,12 +86,20 @@ def serve(config: ServeConfig) -> Iterator[Endpoint]:
         revision = _recordable(config)
         num_nodes = sum(node["Alive"] for node in ray.nodes())
         with front_door(config, num_nodes=num_nodes) as door, _deployed(app), descendants.noted():
+            descendants.note_folder(door.scratch)
             first = models_of(config)[0]
-            endpoint = Endpoint(client_url(door), model_name(first), door.proxy, adapter=adapter_model(first))
+            endpoint = Endpoint(
+                client_url(door),
+                model_name(first),
+                door.proxy,
+                adapter=adapter_model(first),
+                models=tuple(name for model in models_of(config) for name in known_names(model)),
+            )
             for model in models_of(config):
                 logger.info("starting %d engine(s) of %s", max(model.min_replicas, 1), model.model)
             with chat_page_beside(endpoint.url, wanted=config.chat_page) as page:
                 _wait_until_ready(endpoint, config)
+                descendants.note()
                 with _on_record(revision, versions):
                     yield replace(endpoint, chat_page=page.wait_until_ready(config.start_timeout_s))
 
@@ -166,14 +179,19 @@ def _wait_until_ready(endpoint: Endpoint, config: ServeConfig) -> None:
                 raise ServingError(config.model or "models", engine_reason(message))
             if application.status == "RUNNING" and is_ready(endpoint.url):
                 seconds = time.monotonic() - started
-                logger.info(
-                    "%s answers at %s/v1 after %.0f s (%s)", endpoint.model, endpoint.url, seconds, endpoint.proxy
-                )
+                names = listed(endpoint.models)
+                logger.info("%s answers at %s/v1 after %.0f s (%s)", names, endpoint.url, seconds, endpoint.proxy)
                 return
         time.sleep(_POLL_S)
     raise ServingError(
         config.model or "models", f"did not answer within {config.start_timeout_s:g} s. {message}".strip()
     )
+
+
+def known_names(model: ServeArgs) -> list[str]:
+    """What clients may send as `model` for one model now: its names, and those of the adapters that its root lists."""
+    root = open_adapters(model)
+    return [*names_of(model), *(f"{model_name(model)}:{name}" for name in (root.names() if root else ()))]
 
 
 def engine_reason(message: str) -> str:
@@ -222,13 +240,14 @@ def client_url(door: FrontDoor) -> str:
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
+def _terminated_like_interrupted(descendants: Descendants, gcs_address: str) -> Iterator[None]:
     """SIGTERM unwinds the block as ctrl-C does, instead of ending the process with its children still there."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def unwind(*_: Any) -> NoReturn:
+        descendants.end_with_ray(gcs_address, 128 + signal.SIGTERM)
         raise SystemExit(128 + signal.SIGTERM)
 
     former = signal.signal(signal.SIGTERM, unwind)

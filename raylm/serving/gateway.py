@@ -24,6 +24,7 @@ from raylm.serving.exposition import merged
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.relay import copied, relay, request_of
 from raylm.serving.routing import conversation_key
+from raylm.words import listed
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,13 @@ class GatewayApp:
         elif name is None or name == "":
             await self._without_name(scope, body, content, send)
         else:
-            await _respond(send, 404, _error(f"The model `{name}` does not exist.", "NotFoundError", "model", 404))
+            message = f"The model `{name}` does not exist. It is one of {listed(self._names())}."
+            await _respond(send, 404, _error(message, "NotFoundError", "model", 404))
+
+    def _names(self) -> list[str]:
+        """What clients may ask for, as far as it is known: adapters are, once their engine was asked for its list."""
+        cards = {route: [card["id"] for card in self._cards.get(route, [])] for route, _ in self._all}
+        return list(dict.fromkeys(name for route, _ in self._all for name in (*route.names, *cards[route])))
 
     def _engine(self, name: Any) -> tuple[Route, Any] | None:
         """The engine that a name leads to. An adapter is `model:adapter`; a lone engine knows what else it has."""
@@ -161,10 +168,8 @@ class GatewayApp:
     async def _without_name(self, scope: Message, body: bytes, content: Any, send: Send) -> None:
         """A request that names no model: what only one engine could mean, or what each would answer alike."""
         if len(self._all) > 1 and (isinstance(content, Mapping) or _is_of_adapters(scope)):
-            names = ", ".join(self._by_name)
-            await _respond(
-                send, 400, _error(f"model is missing; it is one of {names}.", "BadRequestError", "model", 400)
-            )
+            message = f"model is missing; it is one of {listed(self._names())}."
+            await _respond(send, 400, _error(message, "BadRequestError", "model", 400))
         else:
             await self._pass_on(self._all[0], scope, body, content, send)
 

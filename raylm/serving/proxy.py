@@ -34,6 +34,8 @@ class FrontDoor:
     port: int
     proxy: str
     has_tls: bool = False
+    scratch: str = ""
+    """HAProxy's private folder, which goes at the end of the block."""
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def front_door(config: ServeConfig, *, num_nodes: int) -> Iterator[FrontDoor]:
     try:
         try:
             _start(config, controller_environment(proxy, scratch))
-            yield FrontDoor(config.host, config.port, proxy, config.tls_cert_file is not None)
+            yield FrontDoor(config.host, config.port, proxy, config.tls_cert_file is not None, scratch)
         finally:
             _shut_down()
     finally:

@@ -175,7 +175,7 @@ def test_the_least_recently_used_gives_way(server: Running, expected: Callable[.
     [
         ("dora", 400, "adapter dora: uses DoRA"),
         (f"{BASE}:wide", 400, "its rank 12 is above the 8 that the server was started with"),
-        (f"{BASE}:nobody", 404, "does not exist"),
+        (f"{BASE}:nobody", 404, f"`{BASE}:nobody` does not exist. It is one of {BASE}, {BASE}:dora, {BASE}:one, "),
         ("other:one", 404, "does not exist"),
         (f"{BASE}:../one", 404, "does not exist"),
         ("../adapters/one", 404, "does not exist"),

@@ -149,7 +149,7 @@ def test_an_unknown_model_is_404_in_the_shape_of_vllm(server: Running) -> None:
         ours, engines = answer.json()["error"], own.json()["error"]
         assert ours.keys() == engines.keys()
         assert [ours[key] for key in ("type", "param", "code")] == [engines[key] for key in ("type", "param", "code")]
-        assert "`other` does not exist" in ours["message"]
+        assert ours["message"] == "The model `other` does not exist. It is one of org/first, small, gpt-4o, long."
     with pytest.raises(NotFoundError):
         server.client().chat.completions.create(model="other", messages=MESSAGES)
 

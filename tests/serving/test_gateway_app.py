@@ -145,6 +145,9 @@ def test_a_name_leads_to_an_engine(asked: str, engine: str | None) -> None:
     answer = asyncio.run(steps())
     if engine is None:
         assert answer.sent[0]["status"] == 404
+        message = json.loads(answer.body)["error"]["message"]
+        names = "a, a:polite, org/m, org/m:1.5, org/m:1.5:rude"
+        assert message == f"The model `{asked}` does not exist. It is one of {names}."
     else:
         assert json.loads(answer.body) == {"by": engine}
 
