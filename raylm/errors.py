@@ -52,6 +52,10 @@ class ClusterError(RaylmError):
     """A cluster that cannot be reached or lacks what was asked of it."""
 
 
+class ClusterTokenError(ClusterError):
+    """A cluster that asks for a token that this process does not have."""
+
+
 class TrainingError(RaylmError):
     """A training run that had to stop, such as a non-finite loss."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from raylm.errors import ClusterError
+from raylm.errors import ClusterError, ClusterTokenError
 from raylm.words import counted
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ _IMPORT_ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started on node",
 }
 """What Ray reads when it is imported."""
+_TOKEN_SIGNS = ("AuthenticationError", "Unauthenticated", "InvalidAuthToken", "Unauthorized", "Forbidden")
+"""In Ray's errors where a cluster answers 401 or 403, by its own protocol or by HTTP."""
 
 
 @contextmanager
@@ -49,22 +51,36 @@ def ray_session(address: str | None, *, num_cpus: int, environment: Mapping[str,
         try:
             with _sigterm_kept():
                 ray.init(address=remote, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise ClusterError(
-                f"Ray cluster {remote}", f"does not answer: {reason}", "Start it, or unset RAY_ADDRESS."
-            ) from None
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+            raise _refused(remote, error) from None
         logger.info("connected to the Ray cluster at %s", remote)
     else:
         with environment_variables({**LOCAL_ENVIRONMENT, **(environment or {})}):
             _start_local(ray, num_cpus)
-        logger.info("started a local Ray with %s", counted(num_cpus, "logical CPU"))
+        cores = os.cpu_count() or 1
+        booked = "" if num_cpus == cores else f" for its tasks to book, on {counted(cores, 'core')}"
+        logger.info("started a local Ray with %s%s", counted(num_cpus, "logical CPU"), booked)
     own = {} if remote else {_OWN_RAY: "1"}
     try:
         with environment_variables(own):
             yield ray
     finally:
         ray.shutdown()
+
+
+def _refused(address: str, error: BaseException) -> ClusterError:
+    """Why a cluster cannot be connected to. Ray says in the cause of its error alone that a token was asked for."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(sign in f"{type(cause).__name__}: {cause}" for sign in _TOKEN_SIGNS):
+            return ClusterTokenError(
+                f"Ray cluster {address}",
+                "asks for a token, and that of this process is missing or another.",
+                "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's (or have it in ~/.ray/auth_token).",
+            )
+        cause = cause.__cause__ or cause.__context__
+    reason = next(iter(str(error).splitlines()), "")
+    return ClusterError(f"Ray cluster {address}", f"does not answer: {reason}", "Start it, or unset RAY_ADDRESS.")
 
 
 def is_local(address: str | None) -> bool:

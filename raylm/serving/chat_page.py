@@ -78,7 +78,7 @@ class PageStart:
                 lines = [line.strip() for line in "\n".join(parts).splitlines() if line.strip()]
                 raise ServingError("chat_page", f"did not start: {lines[-1] if lines else 'no reason is given.'}")
             if page is not None and page.status == "RUNNING" and _answers(f"{self._url}{ROUTE_PREFIX}/"):
-                return f"{self._url}{ROUTE_PREFIX}"
+                return f"{self._url}{ROUTE_PREFIX}/"  # without the slash it is answered 307
             time.sleep(_POLL_S)
         raise ServingError("chat_page", f"did not answer within {timeout_s:g} s.")
 

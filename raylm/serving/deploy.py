@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylm.config.serving import ServeArgs, ServeConfig
-from raylm.errors import ClusterError, ConfigError, RaylmError, ServingError
+from raylm.errors import ClusterError, ClusterTokenError, ConfigError, RaylmError, ServingError
 from raylm.ray_session import ray_session
 from raylm.serving import history
 from raylm.serving.api_key import read_api_keys
@@ -305,7 +305,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         with quiet_serve_logger(), ray_session(found, num_cpus=0):
             yield
     except ClusterError as error:
-        if named or error.where != f"Ray cluster {found}":
+        if named or error.where != f"Ray cluster {found}" or isinstance(error, ClusterTokenError):
             raise
         raise none_runs from None  # the record of a cluster that is gone
 

@@ -92,7 +92,7 @@ class SweepView:
 
     def _phase(self, number: int) -> str:
         events = read_events(self._folder(number))
-        return str(events[-1]["phase"]) if events else "starting"
+        return str(events[-1]["phase"]) if events else "starting its workers"
 
     def _folder(self, number: int) -> Path:
         return self._session.trial_dir(number)
@@ -141,7 +141,8 @@ class _Lines:
         self._pause = min(2 * self._pause, LONGEST_INTERVAL_S)
         logger.info("%s", view.summary())
         for number, settings, state, step, value, left in rows:
-            figures = [f"{state}, step {step}", value and f"best {value}", left and f"{left} left"]
+            began = int(step.partition("/")[0]) > 0
+            figures = [f"{state}, step {step}" if began else state, value and f"best {value}", left and f"{left} left"]
             logger.info("  trial %s: %s (%s)", number, ", ".join(filter(None, figures)), settings)
 
     def close(self, view: SweepView) -> None:

@@ -84,7 +84,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     options = [f"model={model}", f"port={free_port()}", f"api_key_file={folder / 'key'}", "proxy=haproxy"]
     options += ["kv_cache_gib=0.1", "chat_page=true"]
     with program_process(PROGRAM, options, folder / "log") as (process, (url, page), ray_dir):
-        assert page == url + "/chat"
+        assert page == url + "/chat/"
         yield Running(process, url=url, ray_dir=ray_dir, log=folder / "log")
 
 

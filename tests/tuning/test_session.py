@@ -22,6 +22,7 @@ from raylm.errors import ConfigError, RunDirError
 from raylm.training.before_start import with_absolute_paths
 from raylm.training.checkpoint import CheckpointMeta, checkpoint_name
 from raylm.training.checkpoint_writer import CheckpointWriter
+from raylm.training.metrics import EventsWriter
 from raylm.training.run_dir import open_run_dir
 from raylm.training.sinks import follow
 from raylm.tuning.candidates import Candidates
@@ -35,6 +36,7 @@ from raylm.tuning.run import extent_of, outline_sweep, resume_sweep, run_sweep
 from raylm.tuning.running import _Figures
 from raylm.tuning.search import RandomSearch, make_search
 from raylm.tuning.session import Session
+from raylm.tuning.space import described
 from tests.conftest import PAIRS
 from tests.terminal import Terminal
 
@@ -438,6 +440,24 @@ def test_a_terminal_gets_a_table_and_a_log_gets_lines(
         "1 of 3 trials: 1 running; best 1.25 (trial 0, step 2)",
         f"  trial 0: running, step 2/4, best 1.25 (optimizer.learning_rate={rate:.4g})",
     ]
+
+
+def test_before_its_first_step_a_trial_shows_what_it_is_at(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raylm.tuning.progress.LINE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("raylm.tuning.progress.LONGEST_INTERVAL_S", 0.0)
+    found = session(settings)
+    found.next_trial()
+    found.trial_dir(0).mkdir(parents=True, exist_ok=True)
+    lines, events = _Lines(), EventsWriter(found.trial_dir(0))
+    with caplog.at_level("INFO"):
+        lines.show(SweepView(found))
+        events.write("loading the model")
+        lines.show(SweepView(found))
+    told = [message for message in caplog.messages if message.startswith("  trial 0")]
+    rate = described(found.state.trials[0].settings)
+    assert told == [f"  trial 0: starting its workers ({rate})", f"  trial 0: loading the model ({rate})"]
 
 
 def test_what_is_logged_stands_above_the_table(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
