@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -69,16 +69,26 @@ class Descendants:
             if self._unwound.wait(_LOOK_S):
                 return
             self.note()
-        if self._unwound.wait(_GRACE_S):
-            return
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline:
+            self.note()
+            if self._unwound.wait(_LOOK_S):
+                return
         logger.warning("Ray has ended before the server: ending what is left of both")
-        left = [process for process in list(self._seen) if _runs(process)]
+        for process in self._running():
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()  # or a proxy actor might still start a HAProxy that nobody has noted
+        left = self._running()
         for process in left:
             _kill(process)
         _wait(left)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(exit_code)  # the main thread waits for Ray, and cannot be told
+
+    def _running(self) -> list[psutil.Process]:
+        self.note()
+        return [process for process in list(self._seen) if _runs(process)]
 
     def end_orphans(self) -> None:
         """Waits for the noted processes whose parent has ended, a few seconds at most, then kills them by their ids.

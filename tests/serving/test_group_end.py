@@ -65,4 +65,5 @@ def test_a_server_whose_ray_is_terminated_too_ends_soon_and_leaves_nothing(whole
         assert time.monotonic() - began < 15
         left = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
         assert left == []
+        assert not [process for process in psutil.process_iter(["cmdline"]) if scratch in str(process.info["cmdline"])]
         assert not Path(scratch).exists()
