@@ -18,7 +18,7 @@ from typing import Literal
 from raylm.errors import ModelError
 
 PACKAGE_PREFIX = "pkg://"
-_RUNS = "runs"
+_RUNS = "runs/"
 """Where runs lie unless `run.dir` says otherwise."""
 _EXPORTS = ("export", "best/export")
 """Where the model lies in the folder of a run, and in that of a sweep."""
@@ -49,12 +49,9 @@ def locate(path: str) -> ModelLocation:
         return ModelLocation("gguf", str(local.resolve()))
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or local.suffix == ".gguf":
         raise ModelError(path, "there is no such file or folder.", "Give a hub id, a model folder or a GGUF file.")
-    first, slash, _ = path.partition("/")
-    if slash and (first == _RUNS or Path(first).is_dir()):  # before a hub is asked, which takes long to say no
+    if path.startswith(_RUNS):  # before a hub is asked, which takes long to say no
         raise ModelError(
-            path,
-            f"there is no such file or folder in {first}/.",
-            "Give a model folder or a GGUF file; a hub id where no folder has the name of its first part.",
+            path, "there is no such file or folder.", "Give the folder of a model that a run has exported."
         )
     return ModelLocation("hub", path)
 
