@@ -1,6 +1,6 @@
 """What a sweep costs beside its trainings, against plain Ray Tune, and what ASHA saves.
 
-    python benchmarks/sweep_overhead.py [--trials 12] [--concurrency 2] [--bare 3] [--peer 4] [--steps 40]
+    python benchmarks/sweep_overhead.py [--trials 12] [--concurrency 2] [--bare 3] [--peer 4] [--steps 600]
 
 1. `overhead`: wall time of a sweep of equal trials, from the first one's start to the last one's end, over the sum of
    as many bare trainings divided by the concurrency. A bare training is raylm.train without export, alone, in the Ray
@@ -45,7 +45,7 @@ def _base(folder: Path, steps: int) -> dict[str, Any]:
         "data": {"train": str(folder / "train.json"), "eval": str(folder / "eval.json"), "max_seq_len": 256},
         "training": {
             "global_batch_size": 2,
-            "num_epochs": 50,
+            "num_epochs": steps,  # more than it takes
             "max_steps": steps,
             "eval_interval_steps": max(1, steps // 8),
             "precision": "fp32",
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=2)
     parser.add_argument("--bare", type=int, default=3, help="bare trainings")
     parser.add_argument("--peer", type=int, default=4, help="trials of plain Ray Tune, 0 for none")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=600, help="of each trial, 60 ms each")
     parser.add_argument("--skip-asha", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
