@@ -1,10 +1,11 @@
 """What a sweep costs beside its trainings, against plain Ray Tune, and what ASHA saves.
 
-    python benchmarks/sweep_overhead.py [--trials 12] [--concurrency 2] [--bare 3] [--peer 4] [--steps 40]
+    python benchmarks/sweep_overhead.py [--trials 12] [--concurrency 2] [--bare 3] [--peer 4] [--steps 600]
 
 1. `overhead`: wall time of a sweep of equal trials, from the first one's start to the last one's end, over the sum of
    as many bare trainings divided by the concurrency. A bare training is raylm.train without export, alone, in the Ray
-   that runs already, its data in the cache; `--bare` of them are timed after one to warm up.
+   that runs already, its data in the cache; `--bare` of them are timed after one to warm up. `together` is what as many
+   bare trainings at once take, over one alone: the part of it that is the machine's.
 2. `start_s`: from a trial's start to its first step, beside that of the peer: Ray Tune with a function that calls
    raylm.train, which prepares its data and checks everything in each trial (`peer_s`: its wall time over the sweep's,
    for `--peer` trials).
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def _base(folder: Path, steps: int) -> dict[str, Any]:
         "data": {"train": str(folder / "train.json"), "eval": str(folder / "eval.json"), "max_seq_len": 256},
         "training": {
             "global_batch_size": 2,
-            "num_epochs": 50,
+            "num_epochs": steps,  # more than it takes
             "max_steps": steps,
             "eval_interval_steps": max(1, steps // 8),
             "precision": "fp32",
@@ -96,14 +98,21 @@ def _first_step(run_dir: Path) -> float:
 
 def _bare(folder: Path, base: dict[str, Any], count: int) -> list[float]:
     """Seconds of each of so many trainings, one after the other; a first one is not counted."""
+    return [_train(base, folder / f"bare-{number}") for number in range(count + 1)][1:]
+
+
+def _train(base: dict[str, Any], run_dir: Path) -> float:
     import raylm
 
-    seconds = []
-    for number in range(count + 1):
-        started = time.perf_counter()
-        raylm.train(base, {"run.dir": str(folder / f"bare-{number}"), "export.enabled": False})
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+    started = time.perf_counter()
+    raylm.train(base, {"run.dir": str(run_dir), "export.enabled": False})
+    return time.perf_counter() - started
+
+
+def _together(folder: Path, base: dict[str, Any], count: int) -> float:
+    """Mean seconds of so many trainings that start at once."""
+    with ThreadPoolExecutor(count) as pool:
+        return statistics.mean(pool.map(lambda number: _train(base, folder / f"together-{number}"), range(count)))
 
 
 def _peer(folder: Path, base: dict[str, Any], rates: list[float], concurrency: int) -> dict[str, float]:
@@ -140,7 +149,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=2)
     parser.add_argument("--bare", type=int, default=3, help="bare trainings")
     parser.add_argument("--peer", type=int, default=4, help="trials of plain Ray Tune, 0 for none")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=600, help="of each trial, 60 ms each")
     parser.add_argument("--skip-asha", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -165,6 +174,7 @@ def _measure(folder: Path, base: dict[str, Any], options: argparse.Namespace, re
         mean = statistics.mean(bare)
         print(f"bare trainings: {', '.join(f'{one:.1f}' for one in bare)} s", flush=True)
         result["overhead"] = round(full["seconds"] / (mean * options.trials / concurrency), 3)
+        result["together"] = round(_together(folder, base, concurrency) / mean, 3)
         result["start_s"], result["bare_s"] = round(full["start_s"], 2), round(mean, 2)
         if options.peer:
             peer = _peer(folder, base, rates[: options.peer], concurrency)

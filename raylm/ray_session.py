@@ -20,6 +20,7 @@ LOCAL_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's workers run at nice 15 otherwise
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a training, to look whether this only node is taken away
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 _IMPORT_ENVIRONMENT = {

@@ -103,20 +103,22 @@ def _take_no_cpu(dataset: "Dataset") -> None:
         object.__setattr__(found, "compute", TaskPoolStrategy(size=2))
 
 
-def split_in_turn(dataset: "Dataset", world_size: int) -> list[Any]:
-    """One iterator for each worker; worker r receives blocks r, r + n, r + 2n … in order."""
+def in_order(dataset: "Dataset") -> "Dataset":
+    """The dataset, whose blocks come in their order wherever it is read."""
     dataset = dataset.copy(dataset)
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
-    return list(dataset.streaming_split(world_size, equal=False))
+    return dataset
+
+
+def split_in_turn(dataset: "Dataset", world_size: int) -> list[Any]:
+    """One iterator for each worker; worker r receives blocks r, r + n, r + 2n … in order."""
+    return list(in_order(dataset).streaming_split(world_size, equal=False))
 
 
 def materialized_blocks(dataset: "Dataset") -> list[Any]:
     """References of all blocks, in order: for rows that are read many times, such as those of an evaluation."""
-    dataset = dataset.copy(dataset)
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False
-    return list(dataset.materialize().to_arrow_refs())
+    return list(in_order(dataset).materialize().to_arrow_refs())
 
 
 def micro_batches(shard: Any, micro_batch_size: int) -> Iterator[MicroBatch]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from raylm import errors
 from raylm.config import TrainConfig
-from raylm.data.stream import MicroBatch, micro_batches, ordered_stream, split_in_turn, to_micro_batch
+from raylm.data.stream import MicroBatch, in_order, micro_batches, ordered_stream, split_in_turn, to_micro_batch
 from raylm.errors import ClusterError, RaylmError, TrainingError
 from raylm.ray_session import in_own_ray
 from raylm.training.checkpoint import newest_checkpoint, read_meta
@@ -77,10 +77,17 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    config = job.config
-    trainer = _trainer_class(job.run.placement_group)(
+    config, stream = job.config, _StreamFactory(job, data)
+    # A worker that has the stream to itself runs it too: Ray Train would start two processes to share it out.
+    shares_stream = resources.num_workers != 1
+    trainer = _trainer_class(job.run.placement_group, shares_stream=shares_stream)(
         _train_function,
-        train_loop_config={"job": job, "evaluation": data.evaluation, "threads": resources.threads},
+        train_loop_config={
+            "job": job,
+            "stream": None if shares_stream else stream,
+            "evaluation": data.evaluation,
+            "threads": resources.threads,
+        },
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,
@@ -91,7 +98,7 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
             elastic_resize_monitor_interval_s=config.cluster.resize_interval_s,
         ),
         torch_config=TorchConfig(backend=_backend(config, resources)),
-        datasets={"train": _StreamFactory(job, data)},
+        datasets={"train": stream} if shares_stream else {},
         dataset_config=_data_config(),
         run_config=RunConfig(
             name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
@@ -112,32 +119,37 @@ def fit(job: WorkerJob, data: TrainData, resources: Resources) -> None:
     _raise_failure(job.run)
 
 
-def _trainer_class(note: Path) -> Any:
-    """Ray Train's trainer, without its watchman where that one cannot see.
+def _trainer_class(note: Path, *, shares_stream: bool) -> Any:
+    """Ray Train's trainer, without what it would start in vain.
 
-    A detached actor asks Ray's state API whether the controller lives, to remove its placement group if not. The Ray
-    that ray_session.py starts has no such API: the question takes 40 s to fail, and a run waits up to 12 s for it at
-    its end (Ray 2.60, placement_group_callback.py). The group goes with that Ray; who runs several trainings on it, and
-    outlives their processes, calls `free_group`. note: where the group's id is written for that.
+    Where the workers share no stream: the actor that would give them their parts. In a Ray of our own: the watchman
+    that cannot see. He is a detached actor that asks Ray's state API whether the controller lives, to remove its
+    placement group if not. The Ray that ray_session.py starts has no such API: the question takes 40 s to fail, and a
+    run waits up to 12 s for it at its end (Ray 2.60, placement_group_callback.py). The group goes with that Ray; who
+    runs several trainings on it, and outlives their processes, calls `free_group`. note: where the group's id is
+    written for that.
     """
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-
-    if not in_own_ray():
-        return TorchTrainer
 
     class Note(WorkerGroupCallback):
         def after_worker_group_start(self, worker_group: Any) -> None:
             group = worker_group.get_worker_group_state().placement_group_handle.placement_group
             note.write_text(group.id.hex())
 
-    class Unwatched(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [*(one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)), Note()]
+    unwanted = (
+        *(() if shares_stream else (DatasetsCallback,)),
+        *((PlacementGroupCleanerCallback,) if in_own_ray() else ()),
+    )
+    added = [Note()] if in_own_ray() else []
 
-    return Unwatched
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [*(one for one in super()._create_default_callbacks() if not isinstance(one, unwanted)), *added]
+
+    return Trainer
 
 
 def free_group(run: RunDir) -> None:
@@ -227,8 +239,11 @@ def _train_function(settings: dict[str, Any]) -> None:
         share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
         torch.set_num_threads(settings["threads"] or share)
         rank, world_size = context.get_world_rank(), context.get_world_size()
+        own = settings["stream"]
         data = WorkerData(
-            train=lambda: micro_batches(ray.train.get_dataset_shard("train"), job.config.training.micro_batch_size),
+            train=lambda: micro_batches(
+                in_order(own()) if own else ray.train.get_dataset_shard("train"), job.config.training.micro_batch_size
+            ),
             evaluation=_evaluation(settings["evaluation"], rank, world_size),
         )
         run_worker(

@@ -48,11 +48,27 @@ def test_a_workers_error_reaches_the_driver_as_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("own", "watched"), [("1", False), ("0", True)])
 def test_only_a_ray_of_ours_goes_without_the_watchman(own: str, watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It needs Ray's state API, which the Ray that raylm starts does not have."""
-    from ray.train import ScalingConfig
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     monkeypatch.setenv("RAYLM_OWN_RAY", own)
-    trainer = _trainer_class(Path("unused"))(print, scaling_config=ScalingConfig(num_workers=1))
-    kinds = [type(callback) for callback in trainer._create_default_callbacks()]
+    kinds = _callbacks(shares_stream=True)
     assert (PlacementGroupCleanerCallback in kinds) == watched
     assert len(kinds) > 3
+
+
+@pytest.mark.parametrize("shares_stream", [True, False])
+def test_only_workers_that_share_the_stream_have_it_dealt_out(shares_stream: bool) -> None:
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+
+    kinds = _callbacks(shares_stream=shares_stream)
+    assert (DatasetsCallback in kinds) == shares_stream
+    assert len(kinds) > 2
+
+
+def _callbacks(*, shares_stream: bool) -> list[type]:
+    from ray.train import ScalingConfig
+
+    trainer = _trainer_class(Path("unused"), shares_stream=shares_stream)(
+        print, scaling_config=ScalingConfig(num_workers=1)
+    )
+    return [type(callback) for callback in trainer._create_default_callbacks()]
