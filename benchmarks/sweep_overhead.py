@@ -9,7 +9,8 @@
 2. `start_s`: from a trial's start to its first step, beside that of the peer: Ray Tune with a function that calls
    raylm.train, which prepares its data and checks everything in each trial (`peer_s`: its wall time over the sweep's,
    for `--peer` trials).
-3. ASHA over the same grid of learning rates as a full sweep: `asha_tokens` of the grid's, `asha_loss` over its best.
+3. A grid of `--asha-trials` learning rates, shorter, whole and with ASHA: `asha_tokens` of the grid's, `asha_loss` over
+   its best. `--only asha` leaves out the rest.
 
 The last line of stdout is one JSON object.
 """
@@ -150,44 +151,56 @@ def main() -> None:
     parser.add_argument("--bare", type=int, default=3, help="bare trainings")
     parser.add_argument("--peer", type=int, default=4, help="trials of plain Ray Tune, 0 for none")
     parser.add_argument("--steps", type=int, default=600, help="of each trial, 60 ms each")
-    parser.add_argument("--skip-asha", action="store_true")
+    parser.add_argument("--asha-trials", type=int, default=24)
+    parser.add_argument("--asha-steps", type=int, default=160)
+    parser.add_argument("--only", choices=["overhead", "asha"])
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import raylm
+
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["RAYLM_DATA_CACHE"] = str(folder / "cache")
-        base = _base(folder, options.steps)
-        _measure(folder, base, options, result)
+        with raylm.session(num_cpus=2 * options.concurrency + 1):
+            if options.only != "asha":
+                _measure(folder, _base(folder, options.steps), options, result)
+            if options.only != "overhead":
+                _measure_asha(folder, _base(folder, options.asha_steps), options, result)
     print(json.dumps(result))
 
 
-def _measure(folder: Path, base: dict[str, Any], options: argparse.Namespace, result: dict[str, Any]) -> None:
-    import raylm
+def _rates(count: int) -> list[float]:
+    return [10 ** (-4.5 + 3 * place / count) for place in range(count)]
 
-    concurrency = options.concurrency
-    rates = [10 ** (-4.5 + 3 * place / options.trials) for place in range(options.trials)]
-    with raylm.session(num_cpus=2 * concurrency + 1):
-        full = _sweep(folder / "sweep", base, rates, concurrency=concurrency)
-        print(f"sweep: {full}", flush=True)
-        bare = _bare(folder, base, options.bare)
-        mean = statistics.mean(bare)
-        print(f"bare trainings: {', '.join(f'{one:.1f}' for one in bare)} s", flush=True)
-        result["overhead"] = round(full["seconds"] / (mean * options.trials / concurrency), 3)
-        result["together"] = round(_together(folder, base, concurrency) / mean, 3)
-        result["start_s"], result["bare_s"] = round(full["start_s"], 2), round(mean, 2)
-        if options.peer:
-            peer = _peer(folder, base, rates[: options.peer], concurrency)
-            print(f"plain Ray Tune: {peer}", flush=True)
-            share = full["seconds"] * options.peer / options.trials
-            result["peer_s"] = round(peer["seconds"] / share, 2)
-            result["peer_start_s"] = round(peer["start_s"], 2)
-        if not options.skip_asha:
-            scheduler = {"name": "asha", "reduction_factor": 3, "grace_steps": max(1, options.steps // 8)}
-            asha = _sweep(folder / "asha", base, rates, concurrency=concurrency, scheduler=scheduler)
-            print(f"ASHA: {asha}", flush=True)
-            result["asha_tokens"] = round(asha["tokens"] / full["tokens"], 3)
-            result["asha_loss"] = round(asha["value"] / full["value"], 4)
+
+def _measure(folder: Path, base: dict[str, Any], options: argparse.Namespace, result: dict[str, Any]) -> None:
+    concurrency, rates = options.concurrency, _rates(options.trials)
+    full = _sweep(folder / "sweep", base, rates, concurrency=concurrency)
+    print(f"sweep: {full}", flush=True)
+    bare = _bare(folder, base, options.bare)
+    mean = statistics.mean(bare)
+    print(f"bare trainings: {', '.join(f'{one:.1f}' for one in bare)} s", flush=True)
+    result["overhead"] = round(full["seconds"] / (mean * options.trials / concurrency), 3)
+    result["together"] = round(_together(folder, base, concurrency) / mean, 3)
+    result["start_s"], result["bare_s"] = round(full["start_s"], 2), round(mean, 2)
+    if options.peer:
+        peer = _peer(folder, base, rates[: options.peer], concurrency)
+        print(f"plain Ray Tune: {peer}", flush=True)
+        share = full["seconds"] * options.peer / options.trials
+        result["peer_s"] = round(peer["seconds"] / share, 2)
+        result["peer_start_s"] = round(peer["start_s"], 2)
+
+
+def _measure_asha(folder: Path, base: dict[str, Any], options: argparse.Namespace, result: dict[str, Any]) -> None:
+    rates, concurrency = _rates(options.asha_trials), options.concurrency
+    full = _sweep(folder / "grid", base, rates, concurrency=concurrency)
+    print(f"grid: {full}", flush=True)
+    scheduler = {"name": "asha", "reduction_factor": 3, "grace_steps": max(1, options.asha_steps // 8)}
+    asha = _sweep(folder / "asha", base, rates, concurrency=concurrency, scheduler=scheduler)
+    print(f"ASHA: {asha}", flush=True)
+    result["asha_tokens"] = round(asha["tokens"] / full["tokens"], 3)
+    result["asha_loss"] = round(asha["value"] / full["value"], 4)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,14 @@ class Search(Protocol):
 
 
 class GridSearch:
-    """All combinations, in order; later keys of the space vary fastest."""
+    """All combinations, in order; later keys of the space vary fastest. In an order of chance, which the seed decides,
+    for a scheduler that compares a trial with those before it: one along a growing value, where each is better than the
+    last, would never stop any."""
 
     def __init__(self, candidates: Candidates) -> None:
         self._points = candidates.points()
+        if candidates.config.scheduler.name != "none":
+            generator(candidates.config.seed, 0, "grid").shuffle(self._points)
 
     def suggest(self, number: int, state: SweepState) -> Settings | None:
         """See Search."""

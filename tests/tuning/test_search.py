@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from raylm.config import SweepConfig, load_config
 from raylm.tuning.candidates import Candidates
 from raylm.tuning.journal import Report, SweepState, Trial
@@ -62,6 +64,22 @@ def test_a_grid_ends() -> None:
     assert search.size == 3
     assert search.suggest(2, SweepState()) == {"optimizer.learning_rate": 0.01}
     assert search.suggest(3, SweepState()) is None
+
+
+@pytest.mark.parametrize("scheduler", ["none", "asha", "hyperband", "median_stop"])
+def test_a_grid_is_shuffled_where_trials_are_compared_with_those_before(scheduler: str) -> None:
+    rates = [float(number) for number in range(1, 11)]
+    space = {"optimizer.learning_rate": {"choice": rates}}
+
+    def order(seed: int) -> list[float]:
+        search = make_search(candidates(space=space, search="grid", scheduler=scheduler, seed=seed))
+        points = [search.suggest(number, SweepState()) for number in range(10)]
+        return [point["optimizer.learning_rate"] for point in points if point]
+
+    assert sorted(order(0)) == rates
+    assert (order(0) == rates) == (scheduler == "none")
+    assert order(0) == order(0)
+    assert (order(0) == order(1)) == (scheduler == "none")
 
 
 def test_tpe_goes_on_after_a_restart_as_if_there_was_none() -> None:
