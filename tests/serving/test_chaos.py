@@ -162,14 +162,19 @@ def test_a_model_that_loads_for_long_is_not_ready_and_starts_once(
     engines: set[int] = set()
     done = threading.Event()
 
+    def all_engines() -> set[int]:
+        below = psutil.Process().children(recursive=True)
+        return {process.pid for process in below if "EngineCore" in command_line(process)}
+
+    of_others = all_engines()
+
     def watch() -> None:
         while not done.is_set():
             try:
                 seen.append(httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=5).status_code)
             except httpx.TransportError:
                 seen.append(0)
-            below = psutil.Process().children(recursive=True)
-            engines.update(process.pid for process in below if "EngineCore" in command_line(process))
+            engines.update(all_engines() - of_others)
             time.sleep(0.5)
 
     watcher = threading.Thread(target=watch)
