@@ -1,6 +1,7 @@
 """What a sweep costs beside its trainings, against plain Ray Tune, and what ASHA saves.
 
     python benchmarks/sweep_overhead.py [--trials 12] [--concurrency 2] [--bare 3] [--peer 4] [--steps 600]
+        [--only overhead|asha]
 
 1. `overhead`: wall time of a sweep of equal trials, from the first one's start to the last one's end, over the sum of
    as many bare trainings divided by the concurrency. A bare training is raylm.train without export, alone, in the Ray
@@ -9,8 +10,8 @@
 2. `start_s`: from a trial's start to its first step, beside that of the peer: Ray Tune with a function that calls
    raylm.train, which prepares its data and checks everything in each trial (`peer_s`: its wall time over the sweep's,
    for `--peer` trials).
-3. A grid of `--asha-trials` learning rates, shorter, whole and with ASHA: `asha_tokens` of the grid's, `asha_loss` over
-   its best. `--only asha` leaves out the rest.
+3. A grid of eight learning rates and three weight decays on the text of docs/, whole and with ASHA: `asha_tokens` of
+   the grid's, `asha_loss` over its best.
 
 The last line of stdout is one JSON object.
 """
@@ -31,17 +32,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def _base(folder: Path, steps: int) -> dict[str, Any]:
+def _base(folder: Path, steps: int, rows: list[dict[str, Any]], evaluation: list[dict[str, Any]]) -> dict[str, Any]:
     """A tiny model and conversations; steps of some 50 ms."""
-    from tests.conftest import PAIRS
     from tests.tiny import build_tiny_model
 
+    folder.mkdir()
     model = build_tiny_model(folder / "model", hidden_size=64, intermediate_size=256, num_hidden_layers=2)
-    rows = [
-        {"messages": [{"role": "user", "content": question * 3}, {"role": "assistant", "content": answer * 4}]}
-        for question, answer in PAIRS * 8
-    ]
-    for name, part in (("train", rows), ("eval", rows[:16])):
+    for name, part in (("train", rows), ("eval", evaluation)):
         (folder / f"{name}.json").write_text(json.dumps({"type": "conversation", "instances": part}))
     return {
         "model": {"path": str(model)},
@@ -59,8 +56,29 @@ def _base(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def _sweep(folder: Path, base: dict[str, Any], rates: list[float], **settings: Any) -> dict[str, Any]:
-    """A sweep over these rates, and from its journal: wall time of the trials, time to the first step, tokens."""
+def _conversation(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _questions() -> list[dict[str, Any]]:
+    from tests.conftest import PAIRS
+
+    return [_conversation(question * 3, answer * 4) for question, answer in PAIRS * 8]
+
+
+def _paragraphs() -> list[dict[str, Any]]:
+    """How those of docs/ begin and go on."""
+    found = []
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for paragraph in page.read_text().split("\n\n"):
+            if len(paragraph) >= 200 and paragraph[0] not in "|`#-":
+                text = paragraph.replace("\n", " ")
+                found.append(_conversation(text[:30], text[30:180]))
+    return found
+
+
+def _sweep(folder: Path, base: dict[str, Any], space: dict[str, list[float]], **settings: Any) -> dict[str, Any]:
+    """A grid over these values, and from its journal: wall time of the trials, time to the first step, tokens."""
     import raylm
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,7 +87,7 @@ def _sweep(folder: Path, base: dict[str, Any], rates: list[float], **settings: A
         {
             "base": base,
             "dir": str(folder),
-            "space": {"optimizer.learning_rate": {"choice": rates}},
+            "space": {f"optimizer.{name}": {"choice": values} for name, values in space.items()},
             "search": "grid",
             "export_best": False,
             **settings,
@@ -151,9 +169,8 @@ def main() -> None:
     parser.add_argument("--bare", type=int, default=3, help="bare trainings")
     parser.add_argument("--peer", type=int, default=4, help="trials of plain Ray Tune, 0 for none")
     parser.add_argument("--steps", type=int, default=600, help="of each trial, 60 ms each")
-    parser.add_argument("--asha-trials", type=int, default=24)
-    parser.add_argument("--asha-steps", type=int, default=160)
-    parser.add_argument("--only", choices=["overhead", "asha"])
+    parser.add_argument("--asha-steps", type=int, default=120)
+    parser.add_argument("--only", choices=["overhead", "asha"], help="parts 1 and 2, or 3")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import raylm
@@ -164,19 +181,23 @@ def main() -> None:
         os.environ["RAYLM_DATA_CACHE"] = str(folder / "cache")
         with raylm.session(num_cpus=2 * options.concurrency + 1):
             if options.only != "asha":
-                _measure(folder, _base(folder, options.steps), options, result)
+                rows = _questions()
+                _measure(folder, _base(folder / "questions", options.steps, rows, rows[:16]), options, result)
             if options.only != "overhead":
-                _measure_asha(folder, _base(folder, options.asha_steps), options, result)
+                rows = _paragraphs()
+                base = _base(folder / "docs", options.asha_steps, [*rows[1::4], *rows[2::4], *rows[3::4]], rows[::4])
+                _measure_asha(folder, base, options, result)
     print(json.dumps(result))
 
 
 def _rates(count: int) -> list[float]:
+    """Equal distances of logarithms, from too low to too high."""
     return [10 ** (-4.5 + 3 * place / count) for place in range(count)]
 
 
 def _measure(folder: Path, base: dict[str, Any], options: argparse.Namespace, result: dict[str, Any]) -> None:
     concurrency, rates = options.concurrency, _rates(options.trials)
-    full = _sweep(folder / "sweep", base, rates, concurrency=concurrency)
+    full = _sweep(folder / "sweep", base, {"learning_rate": rates}, concurrency=concurrency)
     print(f"sweep: {full}", flush=True)
     bare = _bare(folder, base, options.bare)
     mean = statistics.mean(bare)
@@ -193,11 +214,11 @@ def _measure(folder: Path, base: dict[str, Any], options: argparse.Namespace, re
 
 
 def _measure_asha(folder: Path, base: dict[str, Any], options: argparse.Namespace, result: dict[str, Any]) -> None:
-    rates, concurrency = _rates(options.asha_trials), options.concurrency
-    full = _sweep(folder / "grid", base, rates, concurrency=concurrency)
+    space, concurrency = {"learning_rate": _rates(8), "weight_decay": [0.0, 0.01, 0.1]}, options.concurrency
+    full = _sweep(folder / "grid", base, space, concurrency=concurrency)
     print(f"grid: {full}", flush=True)
     scheduler = {"name": "asha", "reduction_factor": 3, "grace_steps": max(1, options.asha_steps // 8)}
-    asha = _sweep(folder / "asha", base, rates, concurrency=concurrency, scheduler=scheduler)
+    asha = _sweep(folder / "asha", base, space, concurrency=concurrency, scheduler=scheduler)
     print(f"ASHA: {asha}", flush=True)
     result["asha_tokens"] = round(asha["tokens"] / full["tokens"], 3)
     result["asha_loss"] = round(asha["value"] / full["value"], 4)
