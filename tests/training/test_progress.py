@@ -1,13 +1,12 @@
 import json
 import logging
-import time
 from pathlib import Path
 
 import pytest
 
 from raylm.training.metrics import MetricsWriter, plot_losses, read_metrics
 from raylm.training.progress import watch_run
-from tests.terminal import Terminal
+from tests.terminal import Terminal, check_log_stands_above
 
 STEP = {
     "train/loss": 1.5,
@@ -48,17 +47,8 @@ def test_a_resumed_run_shows_its_own_steps_only(tmp_path: Path, caplog: pytest.L
 
 def test_what_is_logged_stands_above_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not behind it, where the next drawing would leave half a bar."""
-
     terminal = Terminal()
-    handler = logging.StreamHandler(terminal)
-    monkeypatch.setattr(logging.root, "handlers", [handler])
-    with watch_run(tmp_path, terminal):
-        while "starting" not in terminal.getvalue():
-            time.sleep(0.01)
-        logging.getLogger("raylm").warning("one line")
-        time.sleep(0.3)
-    assert handler.stream is terminal
-    assert terminal.line_with("one line") == "one line"
+    check_log_stands_above(watch_run(tmp_path, terminal), terminal, "starting", monkeypatch)
 
 
 def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:

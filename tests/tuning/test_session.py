@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import math
 import pickle
 import time
@@ -38,7 +37,7 @@ from raylm.tuning.search import RandomSearch, make_search
 from raylm.tuning.session import Session
 from raylm.tuning.space import described
 from tests.conftest import PAIRS
-from tests.terminal import Terminal
+from tests.terminal import Terminal, check_log_stands_above
 
 
 @pytest.fixture
@@ -462,16 +461,8 @@ def test_before_its_first_step_a_trial_shows_what_it_is_at(
 
 def test_what_is_logged_stands_above_the_table(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found, terminal = session(settings), Terminal()
-    handler = logging.StreamHandler(terminal)
-    monkeypatch.setattr(logging.root, "handlers", [handler])
     monkeypatch.setattr("raylm.tuning.progress.POLL_S", 0.01)
-    with watch_sweep(found, terminal):
-        while "settings" not in terminal.getvalue():
-            time.sleep(0.01)
-        logging.getLogger("raylm").warning("one line")
-        time.sleep(0.1)
-    assert handler.stream is terminal
-    assert terminal.line_with("one line") == "one line"
+    check_log_stands_above(watch_sweep(found, terminal), terminal, "settings", monkeypatch)
 
 
 def test_reports_come_at_their_steps_with_the_figures_up_to_them(settings: dict[str, Any], tmp_path: Path) -> None:
