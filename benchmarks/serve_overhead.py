@@ -302,10 +302,9 @@ def _idle(process: psutil.Process, *, settle_s: float = 10, seconds: float = 20)
     return {"idle_mib": round(memory), "idle_cores": round(took / seconds, 3)}
 
 
-def loads_of(name: str, *, quick: bool) -> list[Load]:
+def loads_of(name: str, concurrencies: Sequence[int]) -> list[Load]:
     """Some seconds for each measurement: the real model gets fewer and shorter answers."""
     max_tokens, per_slot = (64, 4) if name == "tiny" else (32, 1)
-    concurrencies = CONCURRENCIES[:2] if quick else CONCURRENCIES
     return [
         Load(concurrency, stream, max(concurrency * per_slot, 3), max_tokens)
         for stream in (False, True)
@@ -317,7 +316,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["tiny", "smollm2"], default=["tiny", "smollm2"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="one round, without concurrency 64")
+    parser.add_argument("--concurrencies", type=int, nargs="+", choices=CONCURRENCIES, default=CONCURRENCIES)
+    parser.add_argument("--quick", action="store_true", help="one round, at most 16 at once")
     parser.add_argument("--skip", nargs="*", choices=["start", "ray_llm"], default=[], help="parts to leave out")
     parser.add_argument("--ray-llm-server", nargs=2, metavar=("FOLDER", "PORT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -326,6 +326,7 @@ def main() -> None:
         run_ray_llm(options.ray_llm_server[0], int(options.ray_llm_server[1]))
         return
     rounds = 1 if options.quick else options.rounds
+    concurrencies = [one for one in options.concurrencies if one <= 16 or not options.quick]
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         tiny = tiny_model(Path(scratch) / "tiny")
@@ -336,10 +337,10 @@ def main() -> None:
         )
         for name in options.models:
             folder = tiny if name == "tiny" else str(as_folder(SMOLLM2))
-            result[name] = benchmark_model(name, folder, loads_of(name, quick=options.quick), rounds)
+            result[name] = benchmark_model(name, folder, loads_of(name, concurrencies), rounds)
         if "ray_llm" not in options.skip:
             print("ray.serve.llm as it comes, to the bare server", flush=True)
-            result["ray_llm"] = benchmark_ray_llm(tiny, loads_of("tiny", quick=options.quick), max(1, rounds // 3))
+            result["ray_llm"] = benchmark_ray_llm(tiny, loads_of("tiny", concurrencies), max(1, rounds // 3))
     print(json.dumps(result))
 
 
