@@ -16,3 +16,8 @@ def check_engine_keys(engine: Mapping[str, Any], reserved: Mapping[str, str]) ->
             raise ConfigError(f"engine.{key}", "has dashes.", f"Write engine.{key.replace('-', '_')}.")
         if key in reserved:
             raise ConfigError(f"engine.{key}", "is set by a key of its own.", f"Set {reserved[key]} instead.")
+
+
+def gpus_of_engine(engine: Mapping[str, Any]) -> int:
+    """GPUs that one engine computes on, where there are any: of all its tensor and pipeline parallel ranks."""
+    return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))

@@ -204,34 +204,29 @@ class Answers:
     def _open(self, overwrite: bool) -> bool:
         """Compares the manifest that is there with ours; True for a finished run of the same."""
         path = self.work / "manifest.json"
-        there = None
-        try:
-            there = read_manifest(path)
-            found = differences(there, self._manifest) if there else []
-            overwrite = overwrite or there is None or there.is_of_prompts
-        except RunDirError:
-            if not overwrite:
-                raise
-            found = ["the manifest"]
-        if overwrite and found:
+        if overwrite:  # whatever is there, the same run's as well: it may be damaged
             self._remove_answers()
-            there = None
-        elif found:
+        there = read_manifest(path)
+        of_prompts = there is not None and there.is_of_prompts  # these are answered again, without a word
+        found = differences(there, self._manifest) if there else []
+        if found and not of_prompts:
             raise RunDirError(
                 str(self.path),
                 f"holds answers of another run: {'; '.join(found[:5])}.",
                 "Set overwrite=true to start anew, or choose another output.",
             )
-        if there and there.result is not None:
+        if not found and there and there.result is not None:
             if self._num_bytes() == there.result["num_bytes"]:
                 self._manifest = there
                 return True
-            if not overwrite and self._num_bytes() > 0:
+            if not of_prompts and self._num_bytes() > 0:
                 raise RunDirError(
                     str(self.path),
                     "has changed since it was finished.",
                     "Set overwrite=true, or choose another output.",
                 )
+            found = ["the output"]
+        if found:
             self._remove_answers()
             there = None
         if not there:

@@ -115,7 +115,10 @@ def _connect(url: str, api_key: str | None, wanted: str | None) -> tuple[Any, st
         raise ServingError(url, "asks for an API key.", "Give it with --api-key-file.") from None
     except openai.APIConnectionError:
         raise ServingError(url, "does not answer.", "Start it with: raylm serve MODEL") from None
-    found = [name for name in served if wanted is None or name == wanted or name.endswith(f":{wanted}")]
+    except openai.APIError as error:
+        raise ServingError(url, f"does not list its models: {error.message}", "Try again in a moment.") from None
+    exact = [name for name in served if wanted in (None, name)]
+    found = exact or [name for name in served if name.endswith(f":{wanted}")]
     if not found:
         raise ServingError(url, f"does not serve {wanted}.", nearest(str(wanted), served))
     return client, found[0]

@@ -21,11 +21,6 @@ def engine_environment(kv_cache_gib: float, *, use_gpu: bool) -> dict[str, str]:
     return environment
 
 
-def gpus_of_replica(engine: Mapping[str, Any]) -> int:
-    """GPUs that one engine computes on, where there are any."""
-    return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
-
-
 def speculation_options(config: GenerateConfig, folder: str, *, use_gpu: bool) -> dict[str, Any]:
     """Options of `load_engine` for speculation. Raises ModelError for a draft that does not fit the model."""
     return engine_options(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config import GenerateConfig
-from raylm.config.engine import check_engine_keys
+from raylm.config.engine import check_engine_keys, gpus_of_engine
 from raylm.data.files import suffix_of
 from raylm.data.prompt import PLAIN
 from raylm.data.readers import RawRow
@@ -27,7 +27,7 @@ from raylm.data.templates.table import AUTO, read_template
 from raylm.data.tokenizer import load_tokenizer
 from raylm.errors import ConfigError, DataError, ModelError
 from raylm.inference.answers import Answers, Batch
-from raylm.inference.engine import RESERVED, engine_environment, gpus_of_replica, speculation_options
+from raylm.inference.engine import RESERVED, engine_environment, speculation_options
 from raylm.inference.manifest import describe
 from raylm.inference.output import check_output
 from raylm.inference.progress import Progress
@@ -158,7 +158,7 @@ def _answered(
     ray: Any, config: GenerateConfig, folder: str, files: Sequence[SourceFile], answers: Answers
 ) -> Iterator[dict[str, Any]]:
     """Rows of ANSWERED, in the order in which they get ready."""
-    gpus = gpus_of_replica(config.engine)
+    gpus = gpus_of_engine(config.engine)
     use_gpu = has_gpus(ray.cluster_resources().get("GPU", 0), config)
     environment = engine_environment(config.kv_cache_gib, use_gpu=use_gpu)
     if not use_gpu:
@@ -196,7 +196,7 @@ def _answered(
 def has_gpus(available: float, config: GenerateConfig) -> bool:
     """Whether the engines run on GPUs: where there is none, they run on CPUs. Raises ConfigError where some are
     missing."""
-    each = gpus_of_replica(config.engine)
+    each = gpus_of_engine(config.engine)
     needed = config.num_replicas * each
     if 0 < available < needed:
         raise ConfigError(

@@ -48,7 +48,6 @@ def write_beside_the_replica_log() -> Path:
 
 def write_to(file: Path) -> None:
     """From now on lines go to this file, readable by its owner only, until `stop_writing`."""
-    os.close(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
     stop_writing()
     logger.addHandler(BatchedFile(file))
     logger.setLevel(logging.INFO)
@@ -62,14 +61,20 @@ def stop_writing() -> None:
         handler.close()
 
 
+class _OwnersFile(logging.handlers.RotatingFileHandler):
+    """Every file it begins, the first and each after a rotation, is readable by its owner only."""
+
+    def _open(self) -> Any:
+        os.close(os.open(self.baseFilename, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+        return super()._open()
+
+
 class BatchedFile(logging.Handler):
     """A rotated file that gets its lines in batches, FLUSH_S after the first of each, and at the end of the process."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
-        self._file = logging.handlers.RotatingFileHandler(
-            file, maxBytes=MAX_FILE_BYTES, backupCount=NUM_FILES, encoding="utf-8"
-        )
+        self._file = _OwnersFile(file, maxBytes=MAX_FILE_BYTES, backupCount=NUM_FILES, encoding="utf-8")
         self._lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:

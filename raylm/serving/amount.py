@@ -54,26 +54,3 @@ def _count(key: str, value: Any) -> int:
     if isinstance(value[0], int | float) or (key in _OR_ONE_CONVERSATION and isinstance(value[0], Mapping)):
         return 1
     return len(value)
-
-
-def limit_requests(app: Any, limits: LimitsSection) -> None:
-    """From now on vLLM's routes refuse what exceeds the limits, in vLLM's own form, before anything is tokenised.
-
-    app: vLLM's FastAPI app. All of its routes that take JSON depend on `validate_json_request`; the parsed body is at
-    hand there.
-    """
-    from fastapi import Request
-    from vllm.entrypoints.serve.utils.api_utils import validate_json_request
-    from vllm.exceptions import VLLMValidationError
-
-    async def validated(raw_request: Request) -> None:
-        await validate_json_request(raw_request)
-        try:
-            content = await raw_request.json()
-        except ValueError:
-            return  # of a route that parses the body itself
-        if found := excess(content, limits):
-            parameter, message = found
-            raise VLLMValidationError(message, parameter=parameter)
-
-    app.dependency_overrides[validate_json_request] = validated

@@ -141,14 +141,26 @@ def _behind_gateway(
         graceful_shutdown_timeout_s=max(model.drain_timeout_s for model, _ in running),
         **_COMMON,
     )
-    return versioned(gateway, versions, routes, guard, sorted(engines)).bind(routes, engines, guard)
+    cors = _cors(models)
+    return versioned(gateway, versions, routes, guard, sorted(engines), cors).bind(routes, engines, guard, cors)
+
+
+def _cors(models: Sequence[ServeArgs]) -> dict[str, Any]:
+    """What a gateway answers preflights by, as arguments of CORSMiddleware. They name no model, so what one model lets
+    in is let in; vLLM's defaults."""
+    opened = [model.engine for model in models if model.engine.get("allowed_origins")]
+    found: dict[str, Any] = {"allow_credentials": any(engine.get("allow_credentials") for engine in opened)}
+    for ours, name in (("allow_origins", "origins"), ("allow_methods", "methods"), ("allow_headers", "headers")):
+        values = [engine.get(f"allowed_{name}", "*") for engine in opened]
+        found[ours] = sorted({one for value in values for one in ([value] if isinstance(value, str) else value)})
+    return found
 
 
 _COMMON: dict[str, Any] = {
     "max_ongoing_requests": MAX_ONGOING_REQUESTS,
     "max_surge_percent": 100,  # an upgrade starts the new replica and waits for it before it stops the old one
     "graceful_shutdown_wait_loop_s": 0.5,
-    "health_check_period_s": 5,
+    "health_check_period_s": 2,  # Serve replaces a replica at the third failure in a row
     "logging_config": {"enable_access_log": False},
 }
 

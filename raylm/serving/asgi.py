@@ -26,6 +26,15 @@ async def send_json(send: Send, status: int, body: bytes, headers: Headers = ())
     await send({"type": "http.response.body", "body": body})
 
 
+def is_preflight(scope: Message) -> bool:
+    """Whether a browser asks if a page of another origin may ask. Such a request carries no key; a CORS middleware
+    answers it before any route."""
+    if scope["method"] != "OPTIONS":
+        return False
+    names = {name for name, _ in scope["headers"]}
+    return b"origin" in names and b"access-control-request-method" in names
+
+
 def route_of(scope: Message) -> str:
     """The path below the prefix that the application is mounted at."""
     return scope["path"].removeprefix(scope.get("root_path", ""))

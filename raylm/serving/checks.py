@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raylm.config.engine import gpus_of_engine
 from raylm.config.serving import ServeArgs
 from raylm.config.speculation import SpeculationSection
 from raylm.errors import ClusterError, ModelError, ServingError
@@ -100,7 +101,7 @@ def replica_gpus(args: ServeArgs, resources: Mapping[str, float]) -> float:
     """GPUs of one replica on a cluster with these resources."""
     if args.num_gpus != "auto":
         return args.num_gpus
-    return float(args.engine.get("tensor_parallel_size", 1)) if resources.get("GPU") else 0.0
+    return float(gpus_of_engine(args.engine)) if resources.get("GPU") else 0.0
 
 
 def check_resources(models: Sequence[ServeArgs], resources: Mapping[str, float]) -> None:

@@ -11,15 +11,19 @@ import os
 import re
 import time
 from collections.abc import Coroutine, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 
 from raylm.config.limits import LimitsSection
 from raylm.serving.access_log import stop_writing, write_beside_the_replica_log
 from raylm.serving.amount import excess
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
-from raylm.serving.asgi import App, Message, Receive, Send
+from raylm.serving.asgi import App, Message, Receive, Send, is_preflight
 from raylm.serving.exposition import merged
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.relay import copied, relay, request_of
@@ -53,16 +57,17 @@ class Route:
 class Gateway:
     """Holds the handles of the engines for the life of a Serve replica.
 
-    guard: what every request passes first. Its limits hold over all engines: there is one gateway.
+    guard: what every request passes first. Its limits hold over all engines: there is one gateway. cors: see
+    `GatewayApp`.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, routes: list[Route], engines: Mapping[str, Any], guard: GuardSettings
+        self, routes: list[Route], engines: Mapping[str, Any], guard: GuardSettings, cors: Mapping[str, Any]
     ) -> None:
         """Returns when every engine answers: until then an older gateway, if there is one, keeps the door."""
         node_key = os.environ.get(KEY_VARIABLE)
         self._guard = guard.or_key(ApiKey(ONLY_KEY, digest(node_key))) if node_key else guard
-        self._routes, self._engines = routes, engines
+        self._routes, self._engines, self._cors = routes, engines, cors
         while waiting := await asyncio.to_thread(_not_up, [route.deployment for route in routes]):
             logger.debug("waiting for %s", ", ".join(waiting))
             await asyncio.sleep(_POLL_S)
@@ -70,7 +75,7 @@ class Gateway:
     async def __serve_build_asgi_app__(self) -> App:
         """The gateway's app with the guard around it."""
         engines = [(route, self._engines[route.deployment]) for route in self._routes]
-        app: App = GatewayApp(engines, self._guard.limits)
+        app: App = GatewayApp(engines, self._guard.limits, self._cors)
         if self._guard.access_log:
             write_beside_the_replica_log()
         return guarded(app, self._guard, echo_request_id=False)
@@ -88,14 +93,19 @@ def _not_up(deployments: list[str]) -> list[str]:
 class GatewayApp:
     """The ASGI app: which engine a request is for, and the routes that concern all of them.
 
-    engines: routes with the handle of their deployment. limits: what one request may ask of them.
+    engines: routes with the handle of their deployment. limits: what one request may ask of them. cors: arguments of
+    Starlette's CORSMiddleware, for preflights only: to all else the engines answer with their own headers.
     """
 
-    def __init__(self, engines: list[tuple[Route, Any]], limits: LimitsSection) -> None:
+    def __init__(
+        self, engines: list[tuple[Route, Any]], limits: LimitsSection, cors: Mapping[str, Any] | None = None
+    ) -> None:
         self._all, self._limits = engines, limits
         self._by_name = {name: engine for engine in engines for name in engine[0].names}
         self._cards: dict[Route, list[Any]] = {}
         self._listed = -_LIST_S
+        self._listing: asyncio.Task[int] | None = None
+        self._cors = CORSMiddleware(self, **cors or {})
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -108,6 +118,9 @@ class GatewayApp:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             scope = copied(scope, path=path, raw_path=path.encode())
             sender = _Sender(send)
+            if is_preflight(scope):  # comes without a key, so it learns of no model and reaches no engine
+                await self._cors.preflight_response(Headers(scope=scope))(scope, receive, sender)
+                return
             of_all = _OF_ALL.get((scope["method"], path))
             if of_all is not None:  # whatever body comes with these is never held: health is open to all
                 await _while_connected(of_all(self, scope, sender), receive, sender)
@@ -156,14 +169,20 @@ class GatewayApp:
     async def _lister(self, name: Any, scope: Message) -> tuple[Route, Any] | None:
         """The engine that lists the name without having been configured with it: the bare name of an adapter.
 
-        The lists are asked for once a second at most, however many unknown names come.
+        The lists are asked for once a second at most, however many unknown names come; who comes meanwhile waits for
+        the same answer.
         """
         if not isinstance(name, str) or not name:
             return None
-        if time.monotonic() - self._listed >= _LIST_S:
-            self._listed = time.monotonic()
-            await self._list(scope)
+        if self._listing is not None or time.monotonic() - self._listed >= _LIST_S:
+            if self._listing is None:  # in a context of its own: Serve cancels what belongs to a cancelled request
+                self._listing = asyncio.create_task(self._list(scope), context=Context())
+                self._listing.add_done_callback(self._note_listing)
+            await asyncio.shield(self._listing)
         return next((e for e in self._all if any(name in _names_of(card) for card in self._cards.get(e[0], []))), None)
+
+    def _note_listing(self, _: asyncio.Task[int]) -> None:
+        self._listing, self._listed = None, time.monotonic()
 
     async def _without_name(self, scope: Message, body: bytes, content: Any, send: Send) -> None:
         """A request that names no model: what only one engine could mean, or what each would answer alike."""
@@ -357,14 +376,18 @@ async def _whole_body(receive: Receive) -> bytes | None:
 
 
 def _content(body: bytes) -> Any:
-    """The body's JSON, or None: what is not JSON the engine refuses itself."""
+    """The body's JSON as vLLM's routes read it, or None: what is not JSON the engine refuses itself."""
     from pydantic_core import from_json
 
     if not body:
         return None
     try:
         return from_json(body)
-    except ValueError:
+    except ValueError:  # knows UTF-8 only, and no half characters: those are the slower reader's
+        pass
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
         return None
 
 

@@ -19,7 +19,7 @@ from raylm.config.limits import LimitsSection
 from raylm.config.serving import ServeArgs
 from raylm.serving.access_log import timestamp, write_line
 from raylm.serving.api_key import ApiKey, find_key, read_api_keys
-from raylm.serving.asgi import DISCONNECT, App, Message, Receive, Send, error_body, route_of, send_json
+from raylm.serving.asgi import DISCONNECT, App, Message, Receive, Send, error_body, is_preflight, route_of, send_json
 from raylm.serving.buckets import Allowance
 from raylm.serving.gate import Gate
 from raylm.serving.usage import USAGE
@@ -110,7 +110,7 @@ class Guard:
             return
         if not self._settings.keys:
             exchange.allowance = self._keyless
-        elif not exchange.is_preflight:  # browsers send those without a key, and they reach no route
+        elif not is_preflight(exchange.scope):  # browsers send those without a key, and they reach no route
             key = find_key(self._settings.keys, exchange.authorization)
             if key is None:
                 await send_json(exchange.send, 401, _UNAUTHORIZED, [(b"www-authenticate", b"Bearer")])
@@ -183,18 +183,27 @@ class Guard:
         return False
 
     async def _websocket(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Keys and rates as for other requests; a refusal has no body. Neither queue nor time limit."""
         exchange = Exchange(scope, send, self._clock, echo_request_id=False)
-        if self._settings.keys:
-            key = find_key(self._settings.keys, exchange.authorization)
-            if key is None:
+        exchange.allowance = self._keyless
+        try:
+            if self._settings.keys:
+                key = find_key(self._settings.keys, exchange.authorization)
+                exchange.key, exchange.allowance = (key.name, self._allowances[key.name]) if key else (None, None)
+            if exchange.allowance is None or exchange.allowance.admit(self._clock()) is not None:
+                exchange.status, exchange.outcome = 403, "complete"
                 await receive()  # websocket.connect; closing before accepting is answered with 403
                 await send({"type": "websocket.close", "code": 1008})
                 return
-            exchange.key, exchange.allowance = key.name, self._allowances[key.name]
-        try:
+            exchange.status, exchange.outcome = 101, "complete"
             await self._app(scope, receive, exchange.send)
+        except BaseException:
+            exchange.outcome = "error"
+            raise
         finally:
             exchange.book()
+            if self._settings.access_log:
+                write_line(exchange.fields())
 
 
 class Exchange:
@@ -213,7 +222,6 @@ class Exchange:
         "ended",
         "first_byte_s",
         "is_open",
-        "is_preflight",
         "key",
         "length_is_open",
         "method",
@@ -238,7 +246,7 @@ class Exchange:
         self.route = route_of(scope)
         self.authorization = self.sent_id = b""
         self.content_length = 0
-        chunked = has_origin = asks_for_method = False
+        chunked = False
         self.length_is_open = self.method not in ("GET", "HEAD", "OPTIONS")
         for name, value in scope["headers"]:
             if name == b"authorization":
@@ -249,12 +257,6 @@ class Exchange:
                 self.length_is_open = chunked = True
             elif name == b"x-request-id":
                 self.sent_id = value
-            elif name == b"origin":
-                has_origin = True
-            elif name == b"access-control-request-method":
-                asks_for_method = True
-        # Without an origin vLLM's CORS middleware does not answer it, and a route gets it.
-        self.is_preflight = self.method == "OPTIONS" and has_origin and asks_for_method
         self.is_open = self.method in ("GET", "HEAD") and self.route in OPEN_PATHS
         self.request_id = self.sent_id.decode() if _SANE_ID.fullmatch(self.sent_id) else uuid.uuid4().hex
         self.key: str | None = None

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -49,9 +49,18 @@ def check_storable(config: ServeConfig) -> None:
     engines = [("engine", config.engine)]
     engines += [(f"models.{index}.engine", model.engine) for index, model in enumerate(config.models)]
     for where, engine in engines:
-        for key in engine:
+        for path in _paths(engine, where):
+            key = path.rpartition(".")[2]
             if _SECRET.search(key) and not key.startswith(("max_", "min_", "num_")):
-                raise ConfigError(f"{where}.{key}", "is a secret.", "Set it in the environment of the nodes instead.")
+                raise ConfigError(path, "is a secret.", "Set it in the environment of the nodes instead.")
+
+
+def _paths(value: Any, where: str) -> Iterator[str]:
+    """The dotted path of every key in nested mappings and lists."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in items:
+        yield f"{where}.{key}"
+        yield from _paths(inner, f"{where}.{key}")
 
 
 def revisions() -> list[Revision]:

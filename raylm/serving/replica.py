@@ -20,7 +20,6 @@ from raylm.errors import ServingError
 from raylm.models.folder import as_folder
 from raylm.serving.access_log import stop_writing, write_beside_the_replica_log
 from raylm.serving.adapter_routes import close_vllm_adapter_routes, serve_adapters
-from raylm.serving.amount import limit_requests
 from raylm.serving.api_key import KEY_VARIABLE, ONLY_KEY, ApiKey, digest
 from raylm.serving.asked_name import answer_as_asked, each_request_anew
 from raylm.serving.deathwatch import deathwatch
@@ -28,6 +27,7 @@ from raylm.serving.engine_args import command_line, model_name
 from raylm.serving.guard import GuardSettings, guarded
 from raylm.serving.metrics import OneMetricsPage, Phases, ServePage, own_metrics, replica_id
 from raylm.serving.model_counts import ModelCounts
+from raylm.serving.request_checks import check_requests
 from raylm.serving.unserved import refuse_what_the_model_cannot
 from raylm.serving.usage import Metered, watch
 
@@ -82,8 +82,7 @@ class Replica:
             await init_app_state(self._engine, app.state, self._namespace, tasks)
             await serve_adapters(app, self._engine, self._args, self._exit_stack)
         refuse_what_the_model_cannot(app, model_name(self._args))
-        if self._guard is not None:
-            limit_requests(app, self._guard.limits)
+        check_requests(app, self._guard.limits if self._guard is not None else None)
         if len(self._namespace.served_model_name) > 1:
             answer_as_asked(app.state.openai_serving_models)
         watch(self._engine)

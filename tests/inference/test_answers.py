@@ -120,6 +120,21 @@ def test_a_finished_run_is_not_done_again_and_keeps_its_counts(tmp_path: Path) -
     assert not finished(output, overwrite=True).is_finished
 
 
+def test_overwrite_starts_anew_where_the_same_run_is_damaged(tmp_path: Path) -> None:
+    output = str(tmp_path / "out.jsonl")
+    with Answers(output, MANIFEST) as answers:
+        answers.add(batch(0, 0, 3))
+        work = answers.work
+    (work / "ledger.jsonl").write_text("torn\n" * 2)
+    with pytest.raises(RunDirError, match=r"Start anew with overwrite=true"):
+        Answers(output, MANIFEST)
+    assert finished(output, overwrite=True).totals.rows == 8
+    (work / "manifest.json").write_text("torn")
+    with pytest.raises(RunDirError, match=r"Start anew with overwrite=true"):
+        Answers(output, MANIFEST)
+    assert finished(output, overwrite=True).totals.rows == 8
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

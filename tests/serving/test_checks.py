@@ -113,6 +113,8 @@ def test_gpus_follow_the_cluster_and_the_tensor_parallel_size() -> None:
     assert replica_gpus(ServeArgs(model="m"), {"CPU": 2.0}) == 0.0
     assert replica_gpus(ServeArgs(model="m"), {"GPU": 8.0}) == 1.0
     assert replica_gpus(ServeArgs(model="m", engine={"tensor_parallel_size": 4}), {"GPU": 8.0}) == 4.0
+    both = {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}
+    assert replica_gpus(ServeArgs(model="m", engine=both), {"GPU": 8.0}) == 6.0
     assert replica_gpus(ServeArgs(model="m", num_gpus=0.5), {"GPU": 8.0}) == 0.5
 
 

@@ -41,7 +41,10 @@ def test_no_secret_goes_into_the_store() -> None:
             check_storable(ServeConfig(model="m", engine=settings))
     with pytest.raises(ConfigError, match=r"models.0.engine.hf_token"):
         check_storable(load_config(ServeConfig, {"models": [{"model": "m", "engine": {"hf_token": "x"}}]}))
-    check_storable(ServeConfig(model="m", engine={"max_num_batched_tokens": 64}))
+    nested = {"model_loader_extra_config": [{"aws_secret_access_key": "x"}]}
+    with pytest.raises(ConfigError, match=r"engine.model_loader_extra_config.0.aws_secret_access_key"):
+        check_storable(ServeConfig(model="m", engine=nested))
+    check_storable(ServeConfig(model="m", engine={"max_num_batched_tokens": 64, "x": {"num_tokens": 1}}))
 
 
 def test_without_a_cluster_the_error_says_how_to_start_one(

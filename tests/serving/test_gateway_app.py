@@ -152,6 +152,51 @@ def test_a_name_leads_to_an_engine(asked: str, engine: str | None) -> None:
         assert json.loads(answer.body) == {"by": engine}
 
 
+def test_who_asks_for_the_lists_at_once_waits_for_the_same_answer() -> None:
+    app = gateway(("a", named("a", "polite")), ("b", named("b", "rude")))
+
+    async def steps() -> list[Visit]:
+        bodies = [json.dumps({"model": name}).encode() for name in ("polite", "rude", "c", "polite")]
+        return await asyncio.gather(*(Visit("/v1/completions", body).made_of(app) for body in bodies))
+
+    answers = asyncio.run(steps())
+    assert [answer.sent[0]["status"] for answer in answers] == [200, 200, 404, 200]
+    assert [json.loads(answers[place].body)["by"] for place in (0, 1, 3)] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(("origins", "status"), [([], 400), (["http://page"], 200)])
+def test_a_preflight_learns_of_no_model_and_reaches_no_engine(origins: list[str], status: int) -> None:
+    async def never(*_: Any) -> None:
+        raise AssertionError("an engine was asked")
+
+    cors = {"allow_origins": origins, "allow_methods": ["*"]}
+    engines = [(Route(f"engine-{name}", (name,), False, True), Handle(never)) for name in ("secret", "other")]
+    app = guarded(GatewayApp(engines, LimitsSection(), cors), GuardSettings((KEY,), access_log=False))
+
+    async def steps() -> Visit:
+        visit = Visit("/v1/models", b'{"model": "nobody"}', method="OPTIONS", key="none")
+        visit.scope["headers"] += [(b"origin", b"http://page"), (b"access-control-request-method", b"POST")]
+        return await visit.made_of(app)
+
+    visit = asyncio.run(steps())
+    assert visit.sent[0]["status"] == status
+    assert b"secret" not in visit.body
+    assert (b"access-control-allow-origin", b"http://page") in visit.sent[0]["headers"] or status == 400
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_body_is_read_as_the_engine_reads_it(encoding: str) -> None:
+    """Half a character and other encodings than UTF-8 are JSON for vLLM's routes."""
+    app = gateway(("a", named("a")), ("b", named("b")))
+
+    async def ask(n: int) -> Visit:
+        text = f'{{"model": "b", "prompt": "\\ud83d", "n": {n}}}'
+        return await Visit("/v1/completions", text.encode(encoding)).made_of(app)
+
+    assert json.loads(asyncio.run(ask(1)).body) == {"by": "b"}
+    assert asyncio.run(ask(5)).sent[0]["status"] == 400
+
+
 def test_a_request_for_too_many_answers_reaches_no_engine() -> None:
     app = gateway(("a", named("a")))
     visit = asyncio.run(Visit("/v1/completions", b'{"model": "a", "n": 5}').made_of(app))

@@ -74,6 +74,26 @@ def test_a_websocket_needs_a_key() -> None:
     assert sent == ["websocket.close", "websocket.accept"]
 
 
+@pytest.mark.parametrize("keys", [(), KEYS])
+def test_a_websocket_counts_as_a_request(keys: Any) -> None:
+    sent: list[Any] = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    guard = behind(app, keys=keys, requests_per_minute=2)
+    for _ in range(3):
+        headers = [(b"authorization", b"Bearer al1ce")]
+        run(guard({"type": "websocket", "path": "/v1/realtime", "headers": headers}, receive, send))
+    assert sent == ["websocket.accept", "websocket.accept", "websocket.close"]
+
+
 def test_the_settings_of_a_server_travel_without_keys(tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text("- {name: alice, key: al1ce, requests_per_minute: 3}")
     args = ServeArgs.model_validate(

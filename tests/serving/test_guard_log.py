@@ -85,6 +85,17 @@ def test_each_request_leaves_one_line_without_its_prompt(log_file: Path) -> None
     assert log_file.stat().st_mode & 0o077 == 0
 
 
+def test_a_rotated_log_is_its_owners_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access_log, "MAX_FILE_BYTES", 100)
+    access_log.write_to(tmp_path / "access.log")
+    for _ in range(4):
+        access_log.write_line({"path": "/v1/completions" * 4})
+    access_log.stop_writing()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 2
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o600] * len(files)
+
+
 def test_prompts_are_logged_when_asked_for(log_file: Path) -> None:
     run(ask(behind(echo, log=True, prompts=True), body=[b'{"prompt": ', b'"hi"}'], length=16))
     [line] = lines(log_file)

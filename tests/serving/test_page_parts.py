@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from raylm.config import ServeConfig, load_config
 from raylm.config.serving import ChatPageArgs, ServeArgs
 from raylm.errors import ConfigError, ServingError
 from raylm.serving import serve
-from raylm.serving.page.client import RequestFailed, ServerClient, explain
+from raylm.serving.page.client import RequestFailed, ServerClient, _lines, explain
 from raylm.serving.page.guard import MAX_BODY_BYTES, PageGuard
 from raylm.serving.page.messages import as_request, last_user_turn, message, plain, read_messages, text_of
 
@@ -104,6 +104,21 @@ def test_a_server_that_is_gone_is_said_to_be(free_port: int) -> None:
 
     with pytest.raises(RequestFailed, match="does not answer"):
         asyncio.run(ask())
+
+
+def test_only_a_newline_ends_a_line_of_a_stream() -> None:
+    """JSON may hold U+2028 as it is, and a character may be cut between two chunks."""
+    text = 'data: {"x": "a\u2028b\x85\u00e9"}\n\ndata: [DONE]'.encode()
+
+    async def read(size: int) -> list[bytes]:
+        async def chunks() -> AsyncIterator[bytes]:
+            for start in range(0, len(text), size):
+                yield text[start : start + size]
+
+        return [line async for line in _lines(chunks())]
+
+    for size in (1, 7, 1000):
+        assert asyncio.run(read(size)) == text.split(b"\n")
 
 
 @pytest.fixture

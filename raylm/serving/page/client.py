@@ -73,9 +73,9 @@ class ServerClient:
         """
         body = {"model": model, "messages": list(messages), "stream": True, **options}
         async with self._answered("POST", "/v1/chat/completions", key, json=body) as response:
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-                if data == "[DONE]":
+            async for line in _lines(response.aiter_bytes()):
+                data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+                if data == b"[DONE]":
                     return
                 if data:
                     yield _delta(json.loads(data))
@@ -101,6 +101,17 @@ class ServerClient:
             raise RequestFailed("The server took too long to answer. Try again, or a shorter conversation.") from None
         except (httpx.HTTPError, json.JSONDecodeError):
             raise RequestFailed("The connection to the server broke off; the answer is not complete.") from None
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Lines as event streams end them: httpx's `aiter_lines` cuts at U+2028 and the like too, which JSON may hold."""
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
 
 
 def explain(status: int, body: str, headers: Mapping[str, str]) -> str:
