@@ -94,9 +94,8 @@ def test_an_engine_that_is_killed_is_noticed_and_replaced(single: Running, serve
     meanwhile = single.get("/v1/completions", "POST", json=SHORT)
     replaced = until("no new engine", 120, lambda: answers(single) and len(processes(single, "EngineCore")) == 1)
     print(f"noticed after {noticed:.1f} s, given up {given_up:.1f} s later, replaced {replaced:.1f} s later")
-    print(
-        f"in flight: {in_flight[0][0]} {in_flight[0][1][:300]}; sent meanwhile: {meanwhile.status_code} {meanwhile.text[:200]}"
-    )
+    print(f"in flight: {in_flight[0][0]} {in_flight[0][1][:300]}")
+    print(f"sent meanwhile: {meanwhile.status_code} {meanwhile.text[:200]}")
     assert processes(single, "EngineCore") != [engine]
     assert processes(single, "ray::ServeReplica") != [replica]
     [(status, text)] = in_flight
