@@ -119,6 +119,7 @@ class AdapterPool:
         self._next_id = 0
         self._names: frozenset[str] = frozenset()
         self._names_good_until = 0.0
+        self._survey_lock = asyncio.Lock()
         self._names_lock = asyncio.Lock()
 
     async def get(self, name: str, *, force: bool = False) -> LoadedAdapter:
@@ -176,7 +177,8 @@ class AdapterPool:
         """
         names = sorted(await self._known(force=True))
         if not self.root.remote:
-            await asyncio.to_thread(self._survey_all, names)
+            async with self._survey_lock:  # the first hashes all files; who asks meanwhile waits, and finds them hashed
+                await asyncio.to_thread(self._survey_all, names)
         loaded = await self._engine.loaded()
         return [self._row(name, loaded) for name in names]
 
