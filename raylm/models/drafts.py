@@ -17,8 +17,8 @@ from raylm.models.folder import PACKAGE_PREFIX, as_folder, is_adapter, locate
 
 logger = logging.getLogger(__name__)
 
-WORKER_REPAIR = "raylm.models.vllm_cpu.SpeculationRepair"
-"""vLLM's `worker_extension_cls` for speculation without GPU: its sampling is wrong otherwise."""
+WORKER_REPAIR = "raylm.models.vllm_cpu.CpuRepair"
+"""vLLM's `worker_extension_cls` without GPU, where no other is set; speculation samples wrongly without it."""
 _WHERE = "speculation.model"
 # Under which of these a configuration counts the layers for multi-token prediction.
 _MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_config")
@@ -49,7 +49,7 @@ def engine_options(
     max_model_len: int | None = None,
     engine: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """vLLM's engine arguments for speculation, empty without.
+    """vLLM's engine arguments for speculation, and for what its CPU engine needs repaired.
 
     engine: vLLM's own arguments, as the user gave them; those are not repeated here. Raises ConfigError as
     `check_set_once`; further arguments and errors as for `speculative_config`.
@@ -60,7 +60,7 @@ def engine_options(
     if section is not None:
         settings = speculative_config(section, target, use_gpu=use_gpu, max_model_len=max_model_len)
         found["speculative_config"] = settings
-    if not use_gpu and (section is not None or engine.get("speculative_config")):
+    if not use_gpu and "worker_extension_cls" not in engine:
         found["worker_extension_cls"] = WORKER_REPAIR
     return found
 

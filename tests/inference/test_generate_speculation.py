@@ -34,7 +34,7 @@ def test_the_engine_of_a_stage_is_told_what_drafts(tiny_model_dir: Path) -> None
             {"engine": {"speculative_config": vllms}},
         )
     )
-    assert plain == {}
+    assert plain == {"worker_extension_cls": WORKER_REPAIR}
     assert ours["speculative_config"]["num_speculative_tokens"] == 3
     assert theirs["speculative_config"] == vllms
     assert ours["worker_extension_cls"] == theirs["worker_extension_cls"] == WORKER_REPAIR

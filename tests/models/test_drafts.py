@@ -140,12 +140,13 @@ GIVEN = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
         (NGRAM, {}, True, False),
         (None, GIVEN, False, True),
         (None, GIVEN, True, False),
-        (None, {}, False, False),
+        (None, {}, False, True),
+        (None, {}, True, False),
         (None, {"speculative_config": None, "worker_extension_cls": "a.B"}, False, False),
         (None, {**GIVEN, "worker_extension_cls": "a.B"}, True, False),
     ],
 )
-def test_without_gpu_whatever_sets_speculation_brings_the_repair(
+def test_without_gpu_the_repair_is_there_unless_another_extension_is(
     tiny_model_dir: Path, section: SpeculationSection | None, engine: dict[str, Any], use_gpu: bool, repaired: bool
 ) -> None:
     found = engine_options(section, str(tiny_model_dir), use_gpu=use_gpu, engine=engine)

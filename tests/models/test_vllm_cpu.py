@@ -21,6 +21,26 @@ for values in ([0.5, 0.0, 1.5], [7, 0, 9]):
 """
 
 
+AMX = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+def allowed():
+    found = ctypes.c_ulong()
+    assert libc.syscall(158, 0x1022, ctypes.byref(found)) == 0  # arch_prctl(ARCH_GET_XCOMP_PERM)
+    return bool(found.value >> 18 & 1)  # the tiles' data
+before = allowed()
+import raylm.models.vllm_cpu
+print(before, allowed())
+"""
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="the processor has no AMX")
+def test_a_process_that_loads_the_repair_may_use_the_matrix_unit() -> None:
+    done = subprocess.run([sys.executable, "-c", AMX], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "False True"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is that of the CPU engine")
 def test_settings_of_a_request_are_repeated_for_each_of_its_tokens() -> None:
     """W10: the answers are sampled at the temperature that was asked for."""

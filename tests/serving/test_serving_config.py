@@ -57,6 +57,7 @@ def test_on_a_cpu_the_engine_is_eager_with_a_cache_of_fixed_size() -> None:
     assert command_line(args, "/models/b", on_cpu=True, native_bf16=False) == [
         *("--model", "/models/b", "--served-model-name", "b", "--dtype", "float32"),
         *("--max-model-len", "64", "--enforce-eager", "--kv-cache-memory-bytes", "536870912"),
+        *("--worker-extension-cls", "raylm.models.vllm_cpu.CpuRepair"),
     ]
 
 
@@ -82,7 +83,7 @@ def test_engine_arguments_win_over_our_defaults_and_keep_their_types() -> None:
     words = command_line(ServeArgs(model="b", dtype="float16", engine=engine), "b", on_cpu=True, native_bf16=False)
     assert words == [
         *("--model", "b", "--served-model-name", "b", "--dtype", "float16", "--no-enforce-eager"),
-        *("--worker-extension-cls", "raylm.models.vllm_cpu.SpeculationRepair"),  # vLLM samples wrongly without
+        *("--worker-extension-cls", "raylm.models.vllm_cpu.CpuRepair"),  # vLLM samples wrongly without
         *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4}'),
         *("--allowed-origins", '["*", "http://a"]', "--stream-interval", "4", "--enable-log-requests"),
     ]
@@ -128,7 +129,7 @@ def test_speculation_becomes_vllms_own_setting_once() -> None:
 
 def test_speculation_without_gpu_brings_the_repair_of_its_sampling() -> None:
     args = ServeArgs.model_validate({"model": "a/b", "speculation": {"method": "ngram"}})
-    assert "raylm.models.vllm_cpu.SpeculationRepair" in command_line(args, "a/b", on_cpu=True, native_bf16=False)
+    assert "raylm.models.vllm_cpu.CpuRepair" in command_line(args, "a/b", on_cpu=True, native_bf16=False)
     assert "--worker-extension-cls" not in command_line(args, "a/b", on_cpu=False, native_bf16=False)
 
 
