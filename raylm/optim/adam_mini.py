@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from raylm.optim.valid import check_betas
+
 
 class AdamMini(torch.optim.Optimizer):
     """arXiv:2406.16793, Algorithms 1 and 3: one second moment for each block of Hessian structure.
@@ -26,6 +28,7 @@ class AdamMini(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "block_rows": 1})
 
     @torch.no_grad()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raylm.optim.valid import check_betas
+
 
 class HiddenApart(torch.optim.Optimizer, ABC):
     """Groups with `hidden` set take `step_matrix`, the others torch.optim's AdamW."""
@@ -17,7 +19,8 @@ class HiddenApart(torch.optim.Optimizer, ABC):
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, betas: tuple[float, float], eps: float
     ) -> None:
-        """defaults: of the groups. betas, eps: AdamW's."""
+        """defaults: of the groups. betas, eps: AdamW's. Raises ValueError."""
+        check_betas(betas)
         super().__init__(params, {"hidden": False, **defaults})
         # It owns no groups: a step lends it this optimizer's, and its state.
         self._adamw = torch.optim.AdamW([torch.zeros(1)], betas=betas, eps=eps, fused=True)

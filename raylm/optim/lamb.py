@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raylm.optim.valid import check_betas
+
 
 class Lamb(torch.optim.Optimizer):
     """arXiv:1904.00962, Algorithm 2, with phi the identity. Counts steps by group: use through `counted`."""
@@ -22,6 +24,7 @@ class Lamb(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
     ) -> None:
+        check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

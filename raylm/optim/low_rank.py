@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raylm.optim.hidden import HiddenApart
+from raylm.optim.valid import check_choice, check_counts
 
 
 class _LowRank(HiddenApart):
@@ -19,6 +20,7 @@ class _LowRank(HiddenApart):
     steps."""
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, **own: Any) -> None:
+        check_counts(rank=own["rank"], interval_steps=own["interval_steps"])
         super().__init__(
             params, {"lr": lr, "weight_decay": 0.0, "betas": betas, "eps": eps, **own}, betas=betas, eps=eps
         )
@@ -103,6 +105,7 @@ class Apollo(_LowRank):
     ) -> None:
         """scale_type: a scale for each channel, or one for the whole (APOLLO-Mini: with rank=1, scale=11.3, the square
         root of 128). max_growth: of the update's norm from one step to the next, the paper's gamma."""
+        check_choice("scale_type", scale_type, ("channel", "tensor"))
         super().__init__(
             params,
             lr,

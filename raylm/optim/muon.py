@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raylm.optim.hidden import HiddenApart
+from raylm.optim.valid import check_choice, check_counts
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
@@ -32,7 +33,9 @@ class MuonWithAdamW(HiddenApart):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        """momentum … adjust_lr_fn: Muon's; betas, eps: AdamW's."""
+        """momentum … adjust_lr_fn: Muon's; betas, eps: AdamW's. Raises ValueError."""
+        check_choice("adjust_lr_fn", adjust_lr_fn, ("match_rms_adamw", "original"))
+        check_counts(ns_steps=ns_steps)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, betas=betas, eps=eps)
         self._momentum, self._nesterov, self._steps = momentum, nesterov, int(ns_steps)
         self._matches_adamw = adjust_lr_fn == "match_rms_adamw"

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raylm.optim.valid import check_betas, check_counts
+
 
 class Sophia(torch.optim.Optimizer):
     """arXiv:2305.14342, Algorithm 3 with the estimator of Algorithm 2 (Gauss-Newton-Bartlett)."""
@@ -22,6 +24,8 @@ class Sophia(torch.optim.Optimizer):
     ) -> None:
         """gamma: a step is as long as the rate where the momentum is above gamma x curvature. hessian_interval_steps:
         steps from one estimate to the next."""
+        check_betas(betas)
+        check_counts(hessian_interval_steps=hessian_interval_steps)
         super().__init__(params, {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay})
         self.hessian_interval_steps = int(hessian_interval_steps)
 

@@ -79,7 +79,7 @@ def newest_in_mirror(address: str) -> str | None:
         names = sorted(_complete(system, base))
     except OSError as error:
         raise CheckpointError(shown(address), f"cannot be read: {error}.", "Check checkpoint.mirror.") from None
-    return _joined(address, names[-1]) if names else None
+    return joined(address, names[-1]) if names else None
 
 
 def fetch(address: str, root: Path) -> Path:
@@ -116,18 +116,19 @@ def _place(address: str) -> tuple[Any, str]:
     return fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
 
 
-def _joined(address: str, name: str) -> str:
+def joined(address: str, name: str) -> str:
+    """The address of something in a folder, with the options that may stand behind the folder's."""
     path, question, options = address.partition("?")
     return f"{path.rstrip('/')}/{name}{question}{options}"
 
 
 def _complete(system: Any, base: str) -> set[str]:
-    """Names of the complete checkpoints under a folder."""
+    """Names of the complete checkpoints in a folder; deeper ones are another run's."""
     from pyarrow import fs
 
     found = system.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
     paths = [info.path.rsplit("/", 2) for info in found if info.base_name == META_FILE]
-    return {folder for _, folder, _ in paths if folder.startswith("step-")}
+    return {folder for parent, folder, _ in paths if folder.startswith("step-") and parent == base.rstrip("/")}
 
 
 def _upload(system: Any, target: str, path: Path) -> None:

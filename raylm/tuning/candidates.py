@@ -15,6 +15,7 @@ from raylm.errors import ConfigError, RaylmError, nearest
 from raylm.optim.checks import check_optimizer_use
 from raylm.ray_session import is_local
 from raylm.training.before_start import check_before_start, check_settings, with_absolute_paths
+from raylm.training.mirror import joined
 from raylm.tuning.conditions import check_conditions
 from raylm.tuning.room import local_cpus, plan_room
 from raylm.tuning.space import (
@@ -153,7 +154,7 @@ class Candidates:
             "run.overwrite": False,
             "export.enabled": False,
             # Each trial's own: a mirror holds what one run has, and no more.
-            "checkpoint.mirror": found.checkpoint.mirror and f"{found.checkpoint.mirror.rstrip('/')}/{number:04d}",
+            "checkpoint.mirror": found.checkpoint.mirror and joined(found.checkpoint.mirror, f"{number:04d}"),
             "checkpoint.interval_steps": found.checkpoint.interval_steps or interval,
             "metrics.run_name": name,
             "metrics.group": found.metrics.group or self.sweep_dir.name,
@@ -170,8 +171,10 @@ class Candidates:
     def retraining(self, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> TrainConfig:
         """A training with these settings, that `raylm train` runs as it is, in a folder of its own. changes: over all
         of it, such as `retrain_set`. Raises ConfigError."""
+        found = self.plain(settings)
         own = {"run.dir": str(self.sweep_dir / RETRAINED_FOLDER), "run.storage_path": None, "export.enabled": True}
-        return load_config(TrainConfig, self.plain(settings).model_dump(mode="json"), {**own, **changes})
+        mirror = found.checkpoint.mirror and joined(found.checkpoint.mirror, RETRAINED_FOLDER)
+        return load_config(TrainConfig, found.model_dump(mode="json"), {**own, "checkpoint.mirror": mirror, **changes})
 
     def trial_dir(self, number: int) -> Path:
         """The run directory of a trial."""
@@ -305,7 +308,7 @@ class Candidates:
         if self.config.scheduler.name != "pbt":
             return
         for key in self.config.space:
-            if not key.startswith(PERTURBABLE):
+            if not key.startswith(PERTURBABLE) or key in _OF_THE_STATE:
                 raise ConfigError(
                     f"space.{key}",
                     "cannot change within a training, as scheduler.name=pbt does.",
@@ -323,6 +326,14 @@ PERTURBABLE = (
     "lora.dropout",
 )
 """What a training may go on with another value of: the state of a checkpoint stays good."""
+_OF_THE_STATE = {
+    f"optimizer.options.{name}"
+    for name in (
+        *("rank", "max_precondition_dim", "precondition_1d", "merge_dims", "data_format", "min_8bit_size"),
+        *("amsgrad", "ams_bound", "centered"),
+    )
+}
+"""What shapes the state of an optimizer, or says what there is of it."""
 
 
 _NUMBERS: Any = {

@@ -122,6 +122,8 @@ class Journal:
         self._path = sweep_dir / JOURNAL_FILE
         _drop_half_line(self._path)
         self.state = read_journal(sweep_dir)
+        self.problem: RunDirError | None = None
+        """Why the last event could not be written, if so."""
         self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, event: str, **details: Any) -> None:
@@ -135,7 +137,8 @@ class Journal:
             written, problem = 0, error.strerror or str(error)
         if written < len(content):
             os.ftruncate(self._file, size)
-            raise RunDirError(str(self._path), f"cannot be written: {problem}.", "Make room, then --resume.")
+            self.problem = RunDirError(str(self._path), f"cannot be written: {problem}.", "Make room, then --resume.")
+            raise self.problem
         _apply(self.state, line)
 
     def close(self) -> None:

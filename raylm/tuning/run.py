@@ -18,7 +18,7 @@ from raylm.config import SweepConfig, TrainConfig, load_config
 from raylm.errors import ConfigError, RaylmError, RunDirError
 from raylm.ray_session import inside_ray_job, is_local, ray_session
 from raylm.tuning.candidates import Candidates, check_scheduler_steps, with_base
-from raylm.tuning.journal import Journal, SweepState, read_journal
+from raylm.tuning.journal import JOURNAL_FILE, Journal, SweepState, read_journal
 from raylm.tuning.plans import Extent, SweepJob, data_key, progress
 from raylm.tuning.results import SweepResult, finish_sweep
 from raylm.tuning.room import local_cpus, plan_room
@@ -71,6 +71,9 @@ def run_sweep(config: SweepConfig, source: str = "") -> SweepResult:
         raise RunDirError(str(sweep_dir), f"cannot be written: {error.strerror}.", "Choose another dir.") from None
     with _alone(sweep_dir):
         _check_free(sweep_dir)  # again: another may have begun there meanwhile
+        (sweep_dir / JOURNAL_FILE).unlink(
+            missing_ok=True
+        )  # of one that ended before its first trial, elsewhere perhaps
         _write_config(sweep_dir, candidates.config)
         return _run(candidates, search, source, retry_failed=False)
 

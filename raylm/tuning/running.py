@@ -229,10 +229,16 @@ class _Figures:
         return {**line, TIME: self.totals(step)[1], **({MEMORY: max(memory)} if memory else {})}
 
     def totals(self, step: int) -> tuple[int, float]:
-        """Tokens and seconds of the steps up to one."""
-        lines = [line for at, line in self._lines.items() if at <= step]
-        tokens = sum(line.get("train/tokens", 0) for line in lines) * self._every
-        return tokens, round(sum(line.get("train/step_s", 0.0) for line in lines) * self._every, 3)
+        """Tokens and seconds of the steps up to one: a logged step stands for those since the one before."""
+        tokens, seconds, before = 0, 0.0, 0
+        for at in sorted(self._lines):
+            line = self._lines[at]
+            if at <= step and "train/tokens" in line:
+                steps = min(at - before, self._every)  # the last step is logged whatever the interval
+                tokens += line["train/tokens"] * steps
+                seconds += line.get("train/step_s", 0.0) * steps
+                before = at
+        return tokens, round(seconds, 3)
 
 
 def failure_reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raylm.config import TrainConfig
-from raylm.errors import RaylmError
+from raylm.errors import RaylmError, RunDirError
 from raylm.training.checkpoint import checkpoint_name
 from raylm.training.run_dir import RunDir
 from raylm.training.stopping import DESCRIPTIONS, STOP_FILE, Stop
@@ -61,6 +61,11 @@ class Session:
     def state(self) -> SweepState:
         """All trials so far."""
         return self._journal.state
+
+    @property
+    def problem(self) -> RunDirError | None:
+        """Why the journal could not be written, if so."""
+        return self._journal.problem
 
     @property
     def seconds(self) -> float:

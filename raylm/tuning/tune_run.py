@@ -42,7 +42,7 @@ def run_on_tune(session: Session, job: SweepJob, extent: Extent, *, concurrency:
         report=session.note,
         exchange=session.exchange,
     )
-    share = int(0.9 / concurrency * 10_000) / 10_000 if waits else 0.0001
+    share = int(0.99 / concurrency * 10_000) / 10_000 if waits else 0.0001  # the head has 1: room for no trial more
     trainable = tune.with_resources(
         tune.with_parameters(SweepTrial, job=job), tune.PlacementGroupFactory([{"CPU": 0, HEAD: share}])
     )
@@ -54,7 +54,7 @@ def run_on_tune(session: Session, job: SweepJob, extent: Extent, *, concurrency:
                 scheduler=scheduler,
                 num_samples=-1,
                 # A process is used again by the next trial, but not while a paused one has something in it.
-                reuse_actors=section.name != "hyperband",
+                reuse_actors=not waits,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
             ),
@@ -67,7 +67,12 @@ def run_on_tune(session: Session, job: SweepJob, extent: Extent, *, concurrency:
                 verbose=0,
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except tune.TuneError:
+            if session.problem is not None:  # which Tune has made a traceback of
+                raise session.problem from None
+            raise
     for trial in session.state.trials.values():
         if trial.state == "running":  # ended by the budget or by a signal, and perhaps by force
             free_group(RunDir(session.trial_dir(trial.number)))

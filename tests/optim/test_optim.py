@@ -1,4 +1,5 @@
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,24 @@ def test_unknown_optimizers_and_options_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"adamw does not take betas=0\.9: "):
         check_optimizer(OptimizerSection(options={"betas": 0.9}))
     check_optimizer(OptimizerSection(options={"betas": [0.8, 0.9]}, learning_rates={"lm_head": 1e-3}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("muon", {"adjust_lr_fn": "match_rms_adam"}, "adjust_lr_fn must be match_rms_adamw or original, not"),
+        ("muon", {"ns_steps": 0}, "ns_steps must be a whole number from 1, not 0"),
+        ("apollo", {"scale_type": "chanel"}, "scale_type must be channel or tensor, not 'chanel'"),
+        ("apollo", {"rank": 0}, "rank must be a whole number from 1, not 0"),
+        ("galore", {"interval_steps": 0}, "interval_steps must be a whole number from 1, not 0"),
+        ("sophia", {"hessian_interval_steps": 0}, "hessian_interval_steps must be a whole number from 1, not 0"),
+        *((name, {"betas": [0.9]}, "betas must be two numbers") for name in ("lamb", "sophia", "adam_mini", "muon")),
+        ("lamb", {"betas": [0.9, 1.0]}, "betas must be two numbers"),
+    ],
+)
+def test_what_an_optimizer_of_ours_cannot_be_given_is_refused(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} does not take .*: {said}"):
+        check_optimizer(OptimizerSection(name=name, options=options))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,3 +119,15 @@ def test_a_storage_that_is_away_for_a_while_catches_up(
     _save(tmp_path / "run", 2, mirror)
     mirror.close()
     assert _names(str(tmp_path / "away" / "a")) == {"step-00000001", "step-00000002"}
+
+
+def test_what_other_runs_have_below_a_mirror_is_not_its_own(tmp_path: Path, address: str) -> None:
+    """As the trials of a sweep have, below the mirror of their base."""
+    _save(tmp_path / "trial", 1, Mirror(f"{address}/0003"))
+    _save(tmp_path / "trial", 2, Mirror(f"{address}/0003"))
+    assert newest_in_mirror(address) is None
+    mirror = Mirror(address)
+    _save(tmp_path / "run", 2, mirror)
+    _save(tmp_path / "run", 3, mirror, keep_last=1)
+    assert _names(address) == {"step-00000003"}
+    assert _names(f"{address}/0003") == {"step-00000001", "step-00000002"}

@@ -94,6 +94,16 @@ def test_every_reported_loss_has_a_checkpoint(settings: dict[str, Any], write_da
             "training.global_batch_size: cannot change within a training",
         ),
         (
+            {
+                "scheduler": "pbt",
+                "set.checkpoint.interval_steps": 2,
+                "set.optimizer.name": "galore",
+                "space.optimizer.options.rank": {"choice": [2, 4]},
+            },
+            ConfigError,
+            "optimizer.options.rank: cannot change within a training",
+        ),
+        (
             {"space.optimizer.weight_decay": {"choice": [1], "when": {"optimizer.nam": 1}}},
             ConfigError,
             "space.optimizer.weight_decay: when: unknown key optimizer.nam. Did you mean optimizer.name",
@@ -212,3 +222,12 @@ def test_a_condition_that_never_holds_here_is_told(settings: dict[str, Any], cap
     """A file of a space may serve several bases."""
     candidates(settings, {"space.optimizer.weight_decay": {"choice": [0.1], "when": {"training.method": "lora"}}})
     assert caplog.messages == ["space.optimizer.weight_decay: when: training.method is never lora, but full"]
+
+
+@pytest.mark.parametrize("options", ["", "?region=eu-west-1&scheme=http"])
+def test_each_training_of_a_sweep_has_a_mirror_of_its_own(settings: dict[str, Any], options: str) -> None:
+    found = candidates(settings, {"base.checkpoint.mirror": f"s3://bucket/sweep{options}"})
+    chosen = {"optimizer.learning_rate": 1e-3}
+    assert found.build(3, chosen).checkpoint.mirror == f"s3://bucket/sweep/0003{options}"
+    assert found.retraining(chosen, {}).checkpoint.mirror == f"s3://bucket/sweep/retrained{options}"
+    assert candidates(settings).retraining(chosen, {}).checkpoint.mirror is None

@@ -486,6 +486,23 @@ def test_reports_come_at_their_steps_with_the_figures_up_to_them(settings: dict[
     assert figures.at(2) == {**{k: v for k, v in lines[1].items() if "/" in k}, "time_s": 1.0, "memory_gib": 3.0}
 
 
+@pytest.mark.parametrize(
+    ("every", "logged", "step", "steps"),
+    [(100, [8], 8, 8), (10, [10, 15], 15, 15), (10, [10, 15], 10, 10), (4, [4, 8, 12], 9, 8), (2, [6, 8], 8, 4)],
+)
+def test_a_logged_step_stands_for_those_since_the_one_before(
+    settings: dict[str, Any], tmp_path: Path, every: int, logged: list[int], step: int, steps: int
+) -> None:
+    own = {"metrics.log_interval_steps": every, "checkpoint.interval_steps": None}
+    found = session({**settings, "set": own})
+    found.next_trial()
+    lines = [{"step": at, "train/tokens": 10, "train/step_s": 0.5} for at in logged]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = _Figures(tmp_path, read_plan(found.sweep_dir, 0))
+    figures.read()
+    assert figures.totals(step) == (10 * steps, 0.5 * steps)
+
+
 def test_a_folder_with_something_in_it_is_left_alone(settings: dict[str, Any], tmp_path: Path) -> None:
     config = load_config(SweepConfig, settings)
     (tmp_path / "sweep").mkdir()
