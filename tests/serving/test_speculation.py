@@ -242,6 +242,7 @@ def medusa_heads(target: Path, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # seven engines
 def test_every_method_gives_the_same_200_answers(target: Path, vocabulary: int, tmp_path: Path) -> None:
     """W10 and W11: n-grams, draft models with the same and with padded rows, EAGLE, EAGLE-3 and Medusa."""
     rounds = [{"prompts": prompts(200, vocabulary, seed=2), "sampling": {**GREEDY, "max_tokens": 32}}]
