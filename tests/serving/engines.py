@@ -31,7 +31,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         engine = LLM(**{**options, **job["engine"]})
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    return {"rounds": [answer(engine, **given) for given in job["rounds"]]}
+    rounds: list[Any] = []
+    for given in job["rounds"]:
+        rounds.append(answer(engine, **given))
+        if "error" in rounds[-1] and engine.llm_engine.has_unfinished_requests():
+            break  # a step has failed halfway: what it was at would be waited for, for ever
+    return {"rounds": rounds}
 
 
 def answer(engine: Any, prompts: list[list[int]], sampling: dict[str, Any], adapter: str | None = None) -> Any:
