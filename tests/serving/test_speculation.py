@@ -263,8 +263,8 @@ def test_every_method_gives_the_same_200_answers(target: Path, vocabulary: int, 
         {"name": name, "engine": engine(target, speculation, max_num_seqs=200), "rounds": rounds}
         for name, speculation in speculations.items()
     ]
-    # Of a model with fewer than five layers vLLM takes two layers' states instead of three.
-    deep = build_tiny_model(tmp_path / "deep", hidden_size=128, num_hidden_layers=6)
+    # vLLM takes layers 2, n // 2 and n - 3, which are three from n = 7 on.
+    deep = build_tiny_model(tmp_path / "deep", hidden_size=128, num_hidden_layers=8)
     eagle3 = {"method": "eagle3", "model": eagle3_head(deep, tmp_path / "eagle3"), "off_above": None}
     jobs += [
         {"name": name, "engine": engine(deep, speculation, max_num_seqs=200), "rounds": rounds}
