@@ -70,7 +70,7 @@ def port(request: pytest.FixtureRequest, ray_cluster: Any) -> Iterator[int]:
         gateway = serve.deployment(serve.ingress()(Gateway), name="gateway", **options)
         routes = [Route("engine-m", ("m",), by_prefix=False, may_sleep=False)]
         serve.run(serve.deployment(serve.ingress()(direct), **options).bind(), name="direct", route_prefix="/direct")
-        serve.run(gateway.bind(routes, {"engine-m": bound}, GuardSettings()), name="raylm", route_prefix="/")
+        serve.run(gateway.bind(routes, {"engine-m": bound}, GuardSettings(), {}), name="raylm", route_prefix="/")
         yield config.port
         serve.delete("direct")
         serve.delete("raylm")
