@@ -8,8 +8,8 @@
    that runs already, its data in the cache; `--bare` of them are timed after one to warm up. `together` is what as many
    bare trainings at once take, over one alone: the part of it that is the machine's.
 2. `start_s`: from a trial's start to its first step, beside that of the peer: Ray Tune with a function that calls
-   raylm.train, which prepares its data and checks everything in each trial (`peer_s`: its wall time over the sweep's,
-   for `--peer` trials).
+   raylm.train, which prepares its data and checks everything in each trial (`peer_s`: its whole wall time
+   for `--peer` trials over that share of the sweep's, checks, preparation and report included).
 3. A grid of eight learning rates and three weight decays on the text of docs/, whole and with ASHA: `asha_tokens` of
    the grid's, `asha_loss` over its best.
 
@@ -205,10 +205,11 @@ def _measure(folder: Path, base: dict[str, Any], options: argparse.Namespace, re
     result["overhead"] = round(full["seconds"] / (mean * options.trials / concurrency), 3)
     result["together"] = round(_together(folder, base, concurrency) / mean, 3)
     result["start_s"], result["bare_s"] = round(full["start_s"], 2), round(mean, 2)
+    result["trials_s"], result["whole_s"] = round(full["seconds"], 1), round(full["whole"], 1)
     if options.peer:
         peer = _peer(folder, base, rates[: options.peer], concurrency)
         print(f"plain Ray Tune: {peer}", flush=True)
-        share = full["seconds"] * options.peer / options.trials
+        share = full["whole"] * options.peer / options.trials
         result["peer_s"] = round(peer["seconds"] / share, 2)
         result["peer_start_s"] = round(peer["start_s"], 2)
 

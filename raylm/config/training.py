@@ -88,6 +88,8 @@ class OptimizerSection(Section):
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """Decay of matrices, decoupled or L2 as the row says; norms and biases never decay."""
+    decay_embeddings: bool = True
+    """Whether embeddings are matrices in this; an output layer that shares its weights with one goes with it."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's global norm is clipped to this."""
     learning_rates: dict[str, Annotated[float, Field(ge=0)]] = {}

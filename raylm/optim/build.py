@@ -47,7 +47,7 @@ def build_optimizer(
     named_parameters: Iterable[tuple[str, Any]], section: OptimizerSection, *, head_dim: int | None = None
 ) -> Any:
     """The optimizer with a group for each learning rate, parted in matrices, which decay, and norms and biases, which
-    do not.
+    do not; embeddings as the section says.
 
     named_parameters: those that require gradients. Every one is in exactly one group. head_dim: rows of an attention
     head, which some treat as one; without it, rows by themselves. Raises ConfigError for a pattern
@@ -62,7 +62,8 @@ def build_optimizer(
         rate = section.learning_rates[held[0]] if held else section.learning_rate
         hidden = row.hidden_apart and is_hidden(name, parameter.ndim)
         rows = head_dim if head_dim and row.heads_apart and _has_heads(name, parameter.shape, head_dim) else 1
-        groups.setdefault((rate, parameter.ndim >= 2, hidden, rows), []).append(parameter)
+        decays = is_matrix(name, parameter.ndim) and (section.decay_embeddings or not _EMBEDDING.search(name))
+        groups.setdefault((rate, decays, hidden, rows), []).append(parameter)
     if unused:
         raise ConfigError("optimizer.learning_rates", f"no trainable parameter's name holds {sorted(unused)[0]!r}.")
     # The default rate first, matrices before the rest: the first group's rate is the one that is shown.
@@ -95,9 +96,19 @@ def averaging_beta(section: OptimizerSection) -> float | None:
     return float(options["betas"][0] if "betas" in options else options["momentum"])
 
 
+# One for each head or expert, and so of two dimensions, in Command R+, Chameleon and GPT-OSS.
+_NORM_OR_BIAS = re.compile(r"(norm\d*\.weight|bias)$")
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed(ding)?s?(_\w+)?|wte|wpe)\.")
+
+
+def is_matrix(name: str, ndim: int) -> bool:
+    """Whether a parameter multiplies vectors; norms and biases do not, whatever their shape."""
+    return ndim >= 2 and _NORM_OR_BIAS.search(name) is None
+
+
 def is_hidden(name: str, ndim: int) -> bool:
     """Whether a parameter is a matrix of a decoder block: blocks have numbers in their parameters' names."""
-    return ndim == 2 and re.search(r"(^|\.)\d+\.", name) is not None
+    return ndim == 2 and is_matrix(name, ndim) and re.search(r"(^|\.)\d+\.", name) is not None
 
 
 def _has_heads(name: str, shape: Sequence[int], head_dim: int) -> bool:

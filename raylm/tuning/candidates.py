@@ -161,6 +161,13 @@ class Candidates:
             "cluster.num_workers": resources.num_workers or found.cluster.num_workers,
             "cluster.cpus_per_worker": resources.cpus_per_worker or found.cluster.cpus_per_worker or 1,
         }
+        gpus, workers = resources.gpus_per_worker, resources.num_workers or found.cluster.max_workers
+        if gpus and gpus < 1 and workers > 1:
+            raise ConfigError(
+                "resources.gpus_per_worker",
+                f"{gpus:g} excludes cluster.num_workers={workers}: workers of one trial cannot share a GPU.",
+                "Set gpus_per_worker=1.",
+            )
         if resources.gpus_per_worker is not None:
             own["cluster.use_gpu"] = resources.gpus_per_worker > 0
         try:

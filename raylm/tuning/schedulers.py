@@ -126,6 +126,9 @@ def _remembering(kind: type[TrialScheduler]) -> Any:
         def _tell(self, stand_in: Any, trial: Trial) -> None:
             for report in self._former.reports_of(trial):
                 super().on_trial_result(_NOBODY, stand_in, report)
+                # What was answered then stands: a median of more trials than there were by then may say otherwise, and
+                # Ray takes a report of a trial that it has stopped for a fault.
+                getattr(self, "_stopped_trials", set()).discard(stand_in)
 
     return Remembering
 

@@ -44,6 +44,41 @@ def test_norms_and_biases_do_not_decay(name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "galore"])
+def test_norms_and_biases_of_two_dimensions_do_not_decay_either(name: str) -> None:
+    """O01: one for each head in Command R+, one for each expert in GPT-OSS."""
+    shaped = {
+        "model.layers.0.self_attn.q_norm.weight": False,
+        "model.layers.0.mlp.experts.gate_up_proj_bias": False,
+        "model.layers.0.mlp.experts.gate_up_proj": True,
+        "model.layers.0.self_attn.q_proj.weight": True,
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight": True,
+        "lm_head.weight": True,
+    }
+    named = {name: torch.nn.Parameter(torch.ones(4, 3)) for name in shaped}
+    optimizer = build_optimizer(named.items(), OptimizerSection(name=name, weight_decay=0.1))
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert {name: groups[id(p)]["weight_decay"] > 0 for name, p in named.items()} == shaped
+    hidden = [name for name, p in named.items() if groups[id(p)].get("hidden")]
+    assert hidden == ([] if name == "adamw" else list(shaped)[2:5])
+
+
+def test_embeddings_decay_unless_told_not_to() -> None:
+    embeddings = ("model.embed_tokens.weight", "transformer.wte.weight", "transformer.wpe.weight")
+    embeddings += (
+        "bert.embeddings.word_embeddings.weight",
+        "transformer.word_embeddings.weight",
+        "gpt.embed_in.weight",
+    )
+    others = ("lm_head.weight", "model.layers.0.mlp.up_proj.weight")
+    named = {name: torch.nn.Parameter(torch.ones(4, 3)) for name in (*embeddings, *others)}
+    for decay in (True, False):
+        section = OptimizerSection(weight_decay=0.1, decay_embeddings=decay)
+        optimizer = build_optimizer(named.items(), section)
+        found = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert {name for name, p in named.items() if not found[id(p)]} == (set() if decay else set(embeddings))
+
+
 def test_patterns_choose_learning_rates() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.RMSNorm(4), torch.nn.Embedding(5, 4))
     section = OptimizerSection(learning_rate=1.0, weight_decay=0.1, learning_rates={"0.*as": 0.5, "0": 0.25, "2": 0.0})

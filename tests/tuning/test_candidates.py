@@ -136,6 +136,11 @@ def test_every_reported_loss_has_a_checkpoint(settings: dict[str, Any], write_da
             ConfigError,
             "^trial with .*, resources: training.global_batch_size=4 must be a multiple .* = 3",
         ),
+        (
+            {"base.cluster.num_workers": 2, "resources.gpus_per_worker": 0.5},
+            ConfigError,
+            "resources.gpus_per_worker: 0.5 excludes cluster.num_workers=2",
+        ),
         ({"resources.cpus_per_worker": 9999}, ClusterError, "^resources: a trial takes 9,999 CPUs, 9999 a worker, and"),
         ({"metric": "train/los"}, ConfigError, "metric: 'train/los' is no figure of a run. Did you mean train/loss"),
         (

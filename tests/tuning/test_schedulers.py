@@ -106,6 +106,17 @@ def test_the_last_report_of_a_stopped_trial_counts_once_in_its_mean() -> None:
     assert tell(scheduler, 1, [0.45], first=2) == [STOP]  # the mean is 0.4, and 0.5 if it counted twice
 
 
+@pytest.mark.parametrize("again", [(), (3,)])
+def test_a_median_of_trials_that_were_not_there_yet_changes_no_former_answer(again: tuple[int, ...]) -> None:
+    """T01: the worst trial reported before the others each time, so nobody stopped it."""
+    former = past(*[("finished", [0.1] * 3)] * 3, ("failed" if again else "finished", [0.9] * 3))
+    scheduler = made("median_stop", former, again=again, min_trials=3)
+    if again:
+        assert tell(scheduler, 3, [0.9], first=4) == [CONTINUE]  # no other came as far
+    assert tell(scheduler, 4, [0.9], first=1) == [STOP]
+    assert tell(scheduler, 5, [0.05], first=1) == [CONTINUE]
+
+
 def test_rungs_reach_to_the_end_of_the_longest_trial() -> None:
     short, long = (made("asha", SweepState(), max_steps=steps, reduction_factor=3, grace_steps=3) for steps in (3, 27))
     assert [[rung for rung, _ in one._brackets[0]._rungs] for one in (short, long)] == [[3], [27, 9, 3]]
