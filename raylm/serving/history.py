@@ -21,7 +21,7 @@ from raylm.serving.models import models_of
 
 KEPT = 10
 _KEY, _NAMESPACE = b"deployed", b"raylm"
-_SECRET = re.compile(r"token|secret|password|api_key", re.I)
+_SECRET = re.compile(r"token(?!s|_id|iz)|secret|password|api_key", re.I)
 
 
 @dataclass(frozen=True, slots=True)

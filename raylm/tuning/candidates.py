@@ -168,8 +168,8 @@ class Candidates:
                 f"{gpus:g} excludes cluster.num_workers={workers}: workers of one trial cannot share a GPU.",
                 "Set gpus_per_worker=1.",
             )
-        if resources.gpus_per_worker is not None:
-            own["cluster.use_gpu"] = resources.gpus_per_worker > 0
+        if gpus is not None:
+            own["cluster.use_gpu"] = gpus > 0
         try:
             return load_config(TrainConfig, self._tree(), {**self.config.set, **settings, **own})
         except ConfigError as error:  # without them it is good

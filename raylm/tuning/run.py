@@ -71,9 +71,8 @@ def run_sweep(config: SweepConfig, source: str = "") -> SweepResult:
         raise RunDirError(str(sweep_dir), f"cannot be written: {error.strerror}.", "Choose another dir.") from None
     with _alone(sweep_dir):
         _check_free(sweep_dir)  # again: another may have begun there meanwhile
-        (sweep_dir / JOURNAL_FILE).unlink(
-            missing_ok=True
-        )  # of one that ended before its first trial, elsewhere perhaps
+        # One that ended before its first trial may have begun in another folder, which its journal names.
+        (sweep_dir / JOURNAL_FILE).unlink(missing_ok=True)
         _write_config(sweep_dir, candidates.config)
         return _run(candidates, search, source, retry_failed=False)
 

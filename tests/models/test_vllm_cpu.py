@@ -41,6 +41,19 @@ def test_a_process_that_loads_the_repair_may_use_the_matrix_unit() -> None:
     assert done.stdout.splitlines()[-1] == "False True"
 
 
+REFUSED = """
+import torch
+torch.cpu._is_amx_tile_supported, torch.cpu._init_amx = (lambda: True), (lambda: False)
+import raylm.models.vllm_cpu
+"""
+
+
+def test_a_system_that_lends_no_matrix_unit_is_named_with_the_remedy() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "does not lend this processor's AMX registers: set dtype=float32" in done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is that of the CPU engine")
 def test_settings_of_a_request_are_repeated_for_each_of_its_tokens() -> None:
     """W10: the answers are sampled at the temperature that was asked for."""

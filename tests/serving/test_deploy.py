@@ -45,6 +45,8 @@ def test_no_secret_goes_into_the_store() -> None:
     with pytest.raises(ConfigError, match=r"engine.model_loader_extra_config.0.aws_secret_access_key"):
         check_storable(ServeConfig(model="m", engine=nested))
     check_storable(ServeConfig(model="m", engine={"max_num_batched_tokens": 64, "x": {"num_tokens": 1}}))
+    names = {"tokenizer": "t", "skip_tokenizer_init": False, "hf_overrides": {"eos_token_id": 1, "stop_token_ids": [2]}}
+    check_storable(ServeConfig(model="m", engine=names))
 
 
 def test_without_a_cluster_the_error_says_how_to_start_one(

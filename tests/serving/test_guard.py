@@ -56,8 +56,9 @@ def test_only_a_cors_preflight_passes_without_key() -> None:
     assert run(ask(app, method="GET", **asked)).status == 401
 
 
-def test_a_websocket_needs_a_key() -> None:
-    sent: list[Any] = []
+def of_websockets(keys: Any, *authorizations: bytes, **limits: Any) -> list[str]:
+    """What websockets with these headers are told, one after the other."""
+    sent: list[str] = []
 
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "websocket.accept"})
@@ -68,29 +69,19 @@ def test_a_websocket_needs_a_key() -> None:
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
-    for value in (b"Bearer wrong", b"Bearer al1ce"):
-        scope = {"type": "websocket", "path": "/v1/realtime", "headers": [(b"authorization", value)]}
-        run(behind(app, keys=KEYS)(scope, receive, send))
-    assert sent == ["websocket.close", "websocket.accept"]
+    guard = behind(app, keys=keys, **limits)
+    for value in authorizations:
+        run(guard({"type": "websocket", "path": "/v1/realtime", "headers": [(b"authorization", value)]}, receive, send))
+    return sent
+
+
+def test_a_websocket_needs_a_key() -> None:
+    assert of_websockets(KEYS, b"Bearer wrong", b"Bearer al1ce") == ["websocket.close", "websocket.accept"]
 
 
 @pytest.mark.parametrize("keys", [(), KEYS])
 def test_a_websocket_counts_as_a_request(keys: Any) -> None:
-    sent: list[Any] = []
-
-    async def app(_scope: Any, _receive: Any, send: Any) -> None:
-        await send({"type": "websocket.accept"})
-
-    async def receive() -> Any:
-        return {"type": "websocket.connect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message["type"])
-
-    guard = behind(app, keys=keys, requests_per_minute=2)
-    for _ in range(3):
-        headers = [(b"authorization", b"Bearer al1ce")]
-        run(guard({"type": "websocket", "path": "/v1/realtime", "headers": headers}, receive, send))
+    sent = of_websockets(keys, *[b"Bearer al1ce"] * 3, requests_per_minute=2)
     assert sent == ["websocket.accept", "websocket.accept", "websocket.close"]
 
 

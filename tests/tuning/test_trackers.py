@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from raylm.config import TrainConfig, load_config
-from raylm.tuning.trackers import Trackers
+from raylm.tuning.trackers import Trackers, _Failed
 
 
 def test_each_trial_is_a_run_that_ends_as_it_did(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_sinks_hear_which_trial_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def following(config: TrainConfig, run_dir: Path) -> Iterator[Any]:
         try:
             yield None
-        except Exception:
+        except _Failed:
             told[run_dir.name] = True
             raise
         told[run_dir.name] = False
