@@ -5,6 +5,7 @@ matrices have a single one, and the size of a head is wrong where keys have fewe
 model instead of parameters.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,8 +17,9 @@ from raylm.optim.valid import check_betas
 class AdamMini(torch.optim.Optimizer):
     """arXiv:2406.16793, Algorithms 1 and 3: one second moment for each block of Hessian structure.
 
-    Matrices have one for each row, that is for each output or token; queries and keys one for each head, of
-    `block_rows` rows in their groups; vectors have one.
+    Matrices, also those of experts, have one for each row: an output or token where weights are stored as
+    torch.nn.Linear's, an input in GPT-2 and GPT-OSS. Queries and keys have one for each head, of `block_rows` rows in
+    their groups; vectors have one.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class AdamMini(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                rows = len(parameter) // group["block_rows"] if parameter.ndim > 1 else 1
+                rows = math.prod(parameter.shape[:-1]) // group["block_rows"] if parameter.ndim > 1 else 1
                 state = self.state[parameter]
                 if "exp_avg" not in state:
                     state["step"] = torch.tensor(0.0)

@@ -1,6 +1,5 @@
 """An optimizer over the trainable parameters of a model."""
 
-import difflib
 import fnmatch
 import importlib
 import inspect
@@ -9,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from raylm.config.training import OptimizerSection
-from raylm.errors import ConfigError
+from raylm.errors import ConfigError, nearest
 from raylm.optim.counted import counted
-from raylm.optim.table import OPTIMIZERS, OptimizerRow, optimizer_row
+from raylm.optim.table import OPTIMIZERS, OptimizerRow, averaging_option, optimizer_row
 
 
 def check_optimizer(section: OptimizerSection) -> None:
@@ -20,8 +19,7 @@ def check_optimizer(section: OptimizerSection) -> None:
     known = option_names(row)
     for option in section.options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1) or known
-            raise ConfigError("optimizer.options", f"{section.name} has no option {option}.", f"Nearest: {near[0]}.")
+            raise ConfigError("optimizer.options", f"{section.name} has no option {option}.", nearest(option, known))
     if section.options:
         import torch
 
@@ -90,14 +88,16 @@ def build_optimizer(
 def averaging_beta(section: OptimizerSection) -> float | None:
     """The share of the averaged weights in those that are trained; None where an optimizer averages none."""
     row = optimizer_row(section.name)
-    if not row.averages:
+    if (option := averaging_option(row)) is None:
         return None
-    options = {**row.options, **section.options}
-    return float(options["betas"][0] if "betas" in options else options["momentum"])
+    value = {**row.options, **section.options}[option]
+    return float(value if option == "momentum" else value[0])
 
 
 # One for each head or expert, and so of two dimensions, in Command R+, Chameleon and GPT-OSS.
 _NORM_OR_BIAS = re.compile(r"(norm\d*\.weight|bias)$")
+_EXPERTS = re.compile(r"(experts|moe)\.")
+"""Other parameters of three dimensions are kernels of convolutions."""
 _EMBEDDING = re.compile(r"(^|\.)(\w*embed(ding)?s?(_\w+)?|wte|wpe)\.")
 
 
@@ -107,8 +107,10 @@ def is_matrix(name: str, ndim: int) -> bool:
 
 
 def is_hidden(name: str, ndim: int) -> bool:
-    """Whether a parameter is a matrix of a decoder block: blocks have numbers in their parameters' names."""
-    return ndim == 2 and is_matrix(name, ndim) and re.search(r"(^|\.)\d+\.", name) is not None
+    """Whether a parameter is a matrix of a decoder block, or one of each expert, (experts, rows, columns): blocks have
+    numbers in their parameters' names."""
+    matrices = ndim == 2 or (ndim == 3 and _EXPERTS.search(name) is not None)
+    return matrices and is_matrix(name, ndim) and re.search(r"(^|\.)\d+\.", name) is not None
 
 
 def _has_heads(name: str, shape: Sequence[int], head_dim: int) -> bool:

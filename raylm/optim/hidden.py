@@ -40,4 +40,4 @@ class HiddenApart(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def step_matrix(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
-        """Steps one matrix in place."""
+        """Steps one matrix, (rows, columns), or those of all experts, (experts, rows, columns), in place."""

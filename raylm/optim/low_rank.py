@@ -32,14 +32,14 @@ class _LowRank(HiddenApart):
         parameter.add_(update, alpha=-group["lr"] * group["scale"])
 
     def _update(self, group: dict[str, Any], gradient: Tensor, state: dict[str, Any]) -> Tensor:
-        tall = gradient.shape[0] >= gradient.shape[1]
-        gradient = gradient.T if tall else gradient  # (short, long) from here on
+        tall = gradient.shape[-2] >= gradient.shape[-1]
+        gradient = gradient.mT if tall else gradient  # (…, short, long) from here on
         if "step" not in state:
             state["step"] = torch.tensor(0.0)
         number, since = divmod(int(state["step"]), int(group["interval_steps"]))
         if since == 0:
-            state["projection"] = self._projection(gradient, min(int(group["rank"]), len(gradient)), number)
-        low = state["projection"].T @ gradient  # (rank, long)
+            state["projection"] = self._projection(gradient, min(int(group["rank"]), gradient.shape[-2]), number)
+        low = state["projection"].mT @ gradient  # (…, rank, long)
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
         state["step"] += 1
@@ -48,17 +48,17 @@ class _LowRank(HiddenApart):
         state["exp_avg_sq"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
         pace = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
         update = self._whole(group, gradient, low, state["exp_avg"] / pace / (1 - beta1**count), state)
-        return update.T if tall else update
+        return update.mT if tall else update
 
     @abstractmethod
     def _projection(self, gradient: Tensor, rank: int, number: int) -> Tensor:
-        """(short, rank). number: of the projection, from 0."""
+        """(…, short, rank), or the same for all, (short, rank). number: of the projection, from 0."""
 
     @abstractmethod
     def _whole(
         self, group: dict[str, Any], gradient: Tensor, low: Tensor, step: Tensor, state: dict[str, Any]
     ) -> Tensor:
-        """The update, (short, long), from Adam's step in the projection, (rank, long)."""
+        """The update, (…, short, long), from Adam's step in the projection, (…, rank, long)."""
 
 
 class GaLore(_LowRank):
@@ -79,7 +79,7 @@ class GaLore(_LowRank):
 
     def _projection(self, gradient: Tensor, rank: int, number: int) -> Tensor:
         vectors: Tensor = torch.linalg.svd(gradient, full_matrices=False)[0]
-        return vectors[:, :rank].contiguous()
+        return vectors[..., :rank].contiguous()
 
     def _whole(
         self, group: dict[str, Any], gradient: Tensor, low: Tensor, step: Tensor, state: dict[str, Any]
@@ -120,7 +120,7 @@ class Apollo(_LowRank):
 
     def _projection(self, gradient: Tensor, rank: int, number: int) -> Tensor:
         """A function of number and shape alone: all ranks and resumed runs draw the same."""
-        short, long = gradient.shape
+        short, long = gradient.shape[-2:]
         generator = torch.Generator().manual_seed((number * 1_000_003 + short) * 1_000_003 + long)
         drawn = torch.randn(short, rank, generator=generator, dtype=torch.float64) / rank**0.5
         return drawn.to(gradient.device, gradient.dtype)
@@ -128,12 +128,10 @@ class Apollo(_LowRank):
     def _whole(
         self, group: dict[str, Any], gradient: Tensor, low: Tensor, step: Tensor, state: dict[str, Any]
     ) -> Tensor:
-        by_channel = {"dim": 0} if group["scale_type"] == "channel" else {}
-        scales = torch.linalg.vector_norm(step, **by_channel) / torch.linalg.vector_norm(low, **by_channel).clamp_(
-            1e-30
-        )
-        update = gradient * scales
-        norm = torch.linalg.vector_norm(update)
+        over = -2 if group["scale_type"] == "channel" else (-2, -1)
+        length = torch.linalg.vector_norm(low, dim=over, keepdim=True).clamp_(1e-30)
+        update = gradient * (torch.linalg.vector_norm(step, dim=over, keepdim=True) / length)
+        norm = torch.linalg.matrix_norm(update, keepdim=True)
         before = state.get("update_norm")
         if before is not None:
             limit = (before * group["max_growth"] / norm.clamp(1e-30)).clamp_(max=1.0)

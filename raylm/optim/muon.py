@@ -47,23 +47,27 @@ class MuonWithAdamW(HiddenApart):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - self._momentum)
         update = gradient.lerp(buffer, self._momentum) if self._nesterov else buffer
-        rows, columns = parameter.shape
+        rows, columns = parameter.shape[-2:]
         scale = 0.2 * max(rows, columns) ** 0.5 if self._matches_adamw else max(1.0, rows / columns) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(orthogonal(update, self._steps), alpha=-group["lr"] * scale)
 
 
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:
-    """Nearly the nearest matrix with orthonormal rows or columns, by Newton and Schulz's iteration."""
+    """Nearly the nearest matrix with orthonormal rows or columns, by Newton and Schulz's iteration.
+
+    matrix: (…, rows, columns).
+    """
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.to(torch.bfloat16 if matrix.is_cuda or _has_bfloat16() else matrix.dtype)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=_EPS)
+    x = x.mT if tall else x
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=_EPS)
+    product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = product(x, product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def _has_bfloat16() -> bool:

@@ -113,7 +113,8 @@ OPTIMIZERS = {
         whole="means of squares over rows and heads",
         heads_apart=True,
         note="ours: pytorch-optimizer 4.1.0 has the first version's partition. Rows of matrices, heads of queries and "
-        "keys where they are modules of their own (q_proj, k_proj, query, key), whole vectors.",
+        "keys where they are modules of their own (q_proj, k_proj, query, key), whole vectors. Rows are as "
+        "stored: inputs, not outputs, in GPT-2 and GPT-OSS.",
     ),
     "adamax": OptimizerRow(
         factory="torch.optim:Adamax",
@@ -392,6 +393,14 @@ def optimizer_row(name: str) -> OptimizerRow:
     if name not in OPTIMIZERS:
         raise ConfigError("optimizer.name", f"{name!r} is not an optimizer.", nearest(name, OPTIMIZERS))
     return OPTIMIZERS[name]
+
+
+def averaging_option(row: OptimizerRow) -> str | None:
+    """The option, the first of a pair, that says what share of the averaged weights those have that are trained; None
+    where an optimizer averages none."""
+    if not row.averages:
+        return None
+    return "betas" if "betas" in row.options else "momentum"
 
 
 def excluded_strategies(row: OptimizerRow) -> Mapping[str, str]:

@@ -13,6 +13,7 @@ from raylm.config.space import flat_overrides
 from raylm.config.sweep import SchedulerSection
 from raylm.errors import ConfigError, RaylmError, nearest
 from raylm.optim.checks import check_optimizer_use
+from raylm.optim.table import averaging_option, optimizer_row
 from raylm.ray_session import is_local
 from raylm.training.before_start import check_before_start, check_settings, with_absolute_paths
 from raylm.training.mirror import joined
@@ -24,6 +25,7 @@ from raylm.tuning.space import (
     combinations,
     described,
     draw,
+    edge_draws,
     edge_values,
     grid_values,
     ordered,
@@ -244,13 +246,11 @@ class Candidates:
 
         rng = random.Random(self.config.seed)
         seen: set[tuple[str, str]] = set()
-        for place, settings in enumerate(combinations(self.config.space, self.base_settings, edge_values)):
+        for settings in edge_draws(self.config.space, self.base_settings, rng, MOST_COMBINATIONS // 10):
             new = {(key, repr(value)) for key, value in settings.items()} - seen
             if new:
                 seen |= new
                 yield settings
-            if place >= MOST_COMBINATIONS // 10:
-                break
         for _ in range(DRAWN):
             yield draw(self.config.space, self.base_settings, rng, {})
 
@@ -270,7 +270,7 @@ class Candidates:
         if len(metrics) > 1:
             raise ConfigError("metric", f"would be {' or '.join(sorted(metrics))} by the trial.", "Set metric.")
         (self.metric_name,) = metrics
-        self._check_population()
+        self._check_population(built[0])
         check_scheduler_steps(self.config.scheduler, _most_steps(built))
         for config, settings in zip(built, points, strict=True):  # before torch is imported
             with _named(settings):
@@ -311,7 +311,7 @@ class Candidates:
             where = "" if error.where == TrainConfig.__name__ else f"{error.where}: "
             raise type(error)("retrain_set", f"{where}{error.problem}", error.remedy) from None
 
-    def _check_population(self) -> None:
+    def _check_population(self, first: TrainConfig) -> None:
         if self.config.scheduler.name != "pbt":
             return
         for key in self.config.space:
@@ -321,6 +321,15 @@ class Candidates:
                     "cannot change within a training, as scheduler.name=pbt does.",
                     f"What can: {', '.join(f'{key}…' if key.endswith('.') else key for key in PERTURBABLE)}.",
                 )
+        name = first.optimizer.name  # the same for all
+        if (
+            option := averaging_option(optimizer_row(name))
+        ) is not None and f"optimizer.options.{option}" in self.config.space:
+            raise ConfigError(
+                f"space.optimizer.options.{option}",
+                f"cannot change within a training with {name}: its averaged weights are made with it.",
+                "Drop it, or take another scheduler.",
+            )
 
 
 PERTURBABLE = (

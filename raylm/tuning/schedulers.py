@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -42,14 +43,17 @@ def make_scheduler(
     extent: Extent,
     state: SweepState,
     again: Collection[int],
+    seed: int,
     report: Report,
     exchange: Exchange,
 ) -> TrialScheduler:
-    """The scheduler of a section. extent: how far trials go; again: numbers of former trials that go on."""
+    """The scheduler of a section. extent: how far trials go; again: numbers of former trials that go on;
+    seed: of brackets and partners."""
+    _seed(seed)
     first = section.grace_steps or extent.interval or 1
     max_steps = section.max_steps or extent.max_steps
     common = {"time_attr": PROGRESS, "metric": VALUE, "mode": mode}
-    former = _FormerTrials(state, again, extent.unit)
+    former = _FormerTrials(state, again, extent.unit, seed)
     makers: Mapping[str, Callable[[], TrialScheduler]] = {
         "none": FIFOScheduler,
         "asha": lambda: _remembering(AsyncHyperBandScheduler)(
@@ -88,6 +92,7 @@ class _FormerTrials:
     state: SweepState
     again: Collection[int]
     unit: float
+    seed: int
 
     def reports_of(self, trial: Trial) -> Iterator[dict[str, float]]:
         """As the scheduler had them."""
@@ -114,14 +119,18 @@ def _remembering(kind: type[TrialScheduler]) -> Any:
             for number, trial in self._trials.items():
                 if number not in former.again:
                     stand_in = _Former(number)
-                    super().on_trial_add(_NOBODY, stand_in)
+                    self._add(_NOBODY, stand_in, number)
                     self._tell(stand_in, trial)
 
         def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-            super().on_trial_add(tune_controller, trial)
             number = trial.config["number"]
+            self._add(tune_controller, trial, number)
             if number in self._trials and number in self._former.again:
                 self._tell(trial, self._trials[number])
+
+        def _add(self, tune_controller: Any, trial: Any, number: int) -> None:
+            _seed(self._former.seed, number)  # a trial is in the same bracket in every session
+            super().on_trial_add(tune_controller, trial)
 
         def _tell(self, stand_in: Any, trial: Trial) -> None:
             for report in self._former.reports_of(trial):
@@ -172,9 +181,7 @@ class Population(PopulationBasedTraining):
         return dict(trial.config), {}
 
 
-def seed_schedulers(seed: int) -> None:
+def _seed(seed: int, number: int = 0) -> None:
     """Ray Tune draws brackets and partners from the global generators."""
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed)
+    random.seed(f"{seed} {number}")
+    np.random.seed([seed, number])

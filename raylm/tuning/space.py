@@ -6,6 +6,7 @@ same in every session.
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -125,6 +126,25 @@ def draw(space: Space, base: Mapping[str, Any], rng: random.Random, given: Mappi
         elif (dimension := active(space[key], settings, base)) is not None:
             settings[key] = draw_value(dimension, rng)
     return settings
+
+
+def edge_draws(space: Space, base: Mapping[str, Any], rng: random.Random, most: int) -> Iterator[Settings]:
+    """Points of values and ends of ranges: half of each at random, for conditions on several settings, and half that
+    which came least so far, for the rest."""
+    uses: Counter[tuple[str, str]] = Counter()
+    keys = ordered(space)
+    for _ in range(most):
+        settings: Settings = {}
+        for key in keys:
+            if (dimension := active(space[key], settings, base)) is None:
+                continue
+            values = edge_values(dimension)
+            if rng.random() < 0.5:
+                settings[key] = rng.choice(values)
+            else:
+                settings[key] = min(values, key=lambda value, key=key: uses[key, repr(value)])  # type: ignore[misc]
+            uses[key, repr(settings[key])] += 1
+        yield settings
 
 
 def draw_value(dimension: DimensionSection, rng: random.Random) -> Any:

@@ -11,7 +11,7 @@ from raylm.ray_session import environment_variables
 from raylm.training.ray_trainer import free_group
 from raylm.training.run_dir import RunDir
 from raylm.tuning.plans import Extent, SweepJob
-from raylm.tuning.schedulers import WAITING, make_scheduler, seed_schedulers
+from raylm.tuning.schedulers import WAITING, make_scheduler
 from raylm.tuning.session import Session
 from raylm.tuning.trainable import SweepTrial
 
@@ -32,13 +32,13 @@ def run_on_tune(session: Session, job: SweepJob, extent: Extent, *, concurrency:
     """Runs trials until the session has no more. extent: how far they go."""
     section = session.config.scheduler
     waits = section.name in WAITING
-    seed_schedulers(session.config.seed)
     scheduler = make_scheduler(
         section,
         mode=session.config.mode,
         extent=extent,
         state=session.state,
         again=session.going_on,
+        seed=session.config.seed,
         report=session.note,
         exchange=session.exchange,
     )

@@ -98,7 +98,7 @@ def test_patterns_choose_learning_rates() -> None:
 def test_unknown_optimizers_and_options_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"'adamv' is not an optimizer\. Did you mean adam"):
         check_optimizer(OptimizerSection(name="adamv"))
-    with pytest.raises(ConfigError, match=r"adamw has no option beta\. Nearest: betas"):
+    with pytest.raises(ConfigError, match=r"adamw has no option beta\. Did you mean betas\?"):
         check_optimizer(OptimizerSection(options={"beta": 0.9}))
     with pytest.raises(ConfigError, match=r"adamw does not take betas=0\.9: "):
         check_optimizer(OptimizerSection(options={"betas": 0.9}))
@@ -134,7 +134,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_one_knows_its_options(name: str) -> None:
     check_optimizer(OptimizerSection(name=name))
     assert set(OPTIMIZERS[name].options) <= set(option_names(OPTIMIZERS[name]))
-    with pytest.raises(ConfigError, match=rf"{name} has no option momentun\. Nearest: \w+"):
+    with pytest.raises(ConfigError, match=rf"{name} has no option momentun\. (Did you mean \w+\?|Choose one of \w+)"):
         check_optimizer(OptimizerSection(name=name, options={"momentun": 0.9}))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raylm.config.training import OptimizerSection
-from raylm.optim.build import build_optimizer
+from raylm.optim.build import build_optimizer, is_hidden
 from raylm.optim.table import OPTIMIZERS
 from raylm.training.planning.optimizer_state import state_bytes
 from raylm.training.state import collect_state, restore_state
@@ -137,6 +137,57 @@ def test_adam_mini_takes_heads_of_queries_and_keys() -> None:
         for (_, parameter), wanted in zip(named, expected, strict=True):
             np.testing.assert_allclose(parameter.detach().numpy(), wanted[step], rtol=1e-9)
     assert not np.allclose(expected[0][-1], expected[1][-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("adam_mini", {}), *((name, {"rank": 2, "interval_steps": 7}) for name in ("galore", "apollo")), ("muon", {})],
+)
+@pytest.mark.parametrize("shape", [(3, 4, 6), (2, 6, 4)])
+def test_each_expert_steps_as_a_matrix_of_its_own(
+    name: str, options: dict[str, Any], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixture-of-experts models have (experts, rows, columns); a plan counts their state."""
+    monkeypatch.setattr("raylm.optim.muon._has_bfloat16", lambda: False)  # sums in other orders differ more in it
+    rng = np.random.default_rng(3)
+    start, gradients = rng.standard_normal(shape), rng.standard_normal((STEPS, *shape))
+    whole = [("layers.0.mlp.experts.down_proj", torch.nn.Parameter(torch.tensor(start)))]
+    alone = [
+        (f"layers.0.mlp.experts.{place}.weight", torch.nn.Parameter(torch.tensor(part)))
+        for place, part in enumerate(start)
+    ]
+    stacked, apart = build_optimizer(whole, _section(name, options)), build_optimizer(alone, _section(name, options))
+    for step in range(STEPS):
+        for optimizer in (stacked, apart):
+            for group in optimizer.param_groups:
+                group["lr"] = RATES[step]
+        whole[0][1].grad = torch.tensor(gradients[step])
+        for (_, parameter), gradient in zip(alone, gradients[step], strict=True):
+            parameter.grad = torch.tensor(gradient)
+        stacked.step()
+        apart.step()
+    for (_, parameter), found in zip(alone, whole[0][1].detach(), strict=True):
+        np.testing.assert_allclose(found, parameter.detach(), rtol=1e-9)
+    planned = state_bytes(_section(name, options), [shape], names=[whole[0][0]])
+    held = sum(value.nbytes for value in stacked.state[whole[0][1]].values() if isinstance(value, torch.Tensor))
+    assert abs(2 * planned - held) <= 100  # a plan is of fp32, but for the count
+
+
+def test_kernels_of_convolutions_are_no_matrices_of_experts() -> None:
+    assert is_hidden("layers.0.mlp.experts.gate_up_proj", 3)
+    assert is_hidden("layers.0.block_sparse_moe.input_linear.weight", 3)
+    assert not is_hidden("layers.0.linear_attn.conv1d.weight", 3)
+
+
+def test_lamb_takes_the_same_steps_together_as_on_a_gpu() -> None:
+    named, together = _named(), _named()
+    plain, foreach = build_optimizer(named, _section("lamb")), build_optimizer(together, _section("lamb"))
+    foreach._update_one = lambda group, parameter, gradient: foreach._update(group, [parameter])
+    for step in range(STEPS):
+        _step(plain, named, step)
+        _step(foreach, together, step)
+    for (_, left), (_, right) in zip(named, together, strict=True):
+        np.testing.assert_allclose(left.detach(), right.detach(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["adamp", "sgdp"])

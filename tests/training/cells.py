@@ -1,5 +1,6 @@
 """Optimizers under strategies: the losses of short runs of the loop, without Ray and without files."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ RATE_SHARES = {"soap": 0.03}
 summed in another order choose another, with ddp as with the rest."""
 
 
+SMALL: dict[str, Any] = {
+    **{name: {"rank": 4, "interval_steps": 6} for name in ("galore", "apollo")},
+    **{name: {"min_8bit_size": 256} for name, row in OPTIMIZERS.items() if row.state_bits == 8},
+    **{name: {"hessian_interval_steps": 4} for name, row in OPTIMIZERS.items() if row.estimates},
+    "soap": {"precondition_frequency": 5},
+}
+"""Options with which so small a model, in so few steps, reaches what makes a row special."""
+
+
 def settings_of(name: str) -> list[str]:
     """An optimizer at the highest rate of its row, but for RATE_SHARES."""
     row = OPTIMIZERS[name]
@@ -38,7 +48,7 @@ def settings_of(name: str) -> list[str]:
     found = [f"optimizer.name={name}", f"optimizer.learning_rate={rate}"]
     found += ["optimizer.weight_decay=0.1", f"training.global_batch_size={PER_STEP}"]
     found += ["schedule.name=constant", "schedule.warmup_steps=2"] if row.averages else []
-    return found + (["optimizer.options={hessian_interval_steps: 4}"] if row.estimates else [])
+    return found + ([f"optimizer.options={json.dumps(SMALL[name])}"] if name in SMALL else [])
 
 
 def config_of(model_dir: Path | str, name: str, settings: Sequence[str]) -> TrainConfig:

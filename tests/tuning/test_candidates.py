@@ -1,6 +1,7 @@
 """The trainings of a sweep are held against everything that is known before Ray starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,17 @@ def test_every_reported_loss_has_a_checkpoint(settings: dict[str, Any], write_da
             "optimizer.options.rank: cannot change within a training",
         ),
         (
+            {
+                "scheduler": "pbt",
+                "set.checkpoint.interval_steps": 2,
+                "set.optimizer.name": "schedulefree_adamw",
+                "set.schedule.name": "constant",
+                "space.optimizer.options.betas": {"choice": [[0.9, 0.99], [0.8, 0.99]]},
+            },
+            ConfigError,
+            "options.betas: cannot change within a training with schedulefree_adamw: its averaged weights",
+        ),
+        (
             {"space.optimizer.weight_decay": {"choice": [1], "when": {"optimizer.nam": 1}}},
             ConfigError,
             "space.optimizer.weight_decay: when: unknown key optimizer.nam. Did you mean optimizer.name",
@@ -179,6 +191,22 @@ def test_what_is_wrong_is_told_before_anything_starts(
     monkeypatch.setattr("raylm.tuning.candidates.is_local", lambda _: True)
     with pytest.raises(kind, match=message):
         candidates(settings, override).check()
+
+
+def test_in_a_large_space_every_value_is_looked_at(settings: dict[str, Any]) -> None:
+    """Also those of the first keys, which would be last in turn, and those that depend on two others."""
+    keys = {f"data.mixture.{letter}": {"choice": list(range(20))} for letter in "abcd"}
+    when = {"data.mixture.a": 19, "data.mixture.d": 7}
+    space = {**keys, "optimizer.weight_decay": {"choice": [0.25, 0.75], "when": when}}
+    found = candidates({**settings, "space": {"optimizer.learning_rate": {"choice": [1e-4]}}})
+    found.config = SimpleNamespace(space=load_config(SweepConfig, settings, {"space": space}).space, seed=0)  # type: ignore[assignment]
+    corners = found.corners()
+    for key in keys:
+        assert {settings[key] for settings in corners} == set(range(20))
+    decays = [settings for settings in corners if "optimizer.weight_decay" in settings]
+    assert {settings["optimizer.weight_decay"] for settings in decays} == {0.25, 0.75}
+    assert all(settings["data.mixture.a"] == 19 and settings["data.mixture.d"] == 7 for settings in decays)
+    assert len(corners) < 200
 
 
 def test_every_point_of_a_grid_is_built(settings: dict[str, Any]) -> None:

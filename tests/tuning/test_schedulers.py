@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raylm.config.sweep import SchedulerSection
@@ -20,6 +21,7 @@ def made(name: str, state: SweepState, *, again: tuple[int, ...] = (), max_steps
         extent=Extent(max_steps, 1, 5.0),
         state=state,
         again=again,
+        seed=5,
         report=lambda *_: None,
         exchange=lambda *_: True,
     )
@@ -68,6 +70,25 @@ def test_asha_judges_by_the_rungs_of_all_sessions() -> None:
     assert tell(made("asha", SweepState(), reduction_factor=3), 4, [0.4]) == [CONTINUE]
     assert tell(made("asha", former, reduction_factor=3), 4, [0.4]) == [STOP]
     assert tell(made("asha", former, reduction_factor=3), 4, [0.05]) == [CONTINUE]
+
+
+def test_trials_are_in_the_same_brackets_in_every_session() -> None:
+    """T01: also those that come after a resume, whatever was drawn besides."""
+    options: dict[str, Any] = {"reduction_factor": 2, "brackets": 3}
+    whole = made("asha", SweepState(), **options)
+    for number in range(6):
+        tell(whole, number, [0.1])
+    former = past(*[("finished", [0.1])] * 3, ("unfinished", [0.1]))
+    resumed = made("asha", former, again=(3,), **options)
+    np.random.seed(1)
+    for number in (3, 4, 5):
+        tell(resumed, number, [0.1])
+    first, second = (
+        {str(trial)[-1]: scheduler._brackets.index(bracket) for trial, bracket in scheduler._trial_info.items()}
+        for scheduler in (whole, resumed)
+    )
+    assert first == second
+    assert len(set(first.values())) > 1
 
 
 def test_an_unfinished_trial_is_not_judged_again_for_what_it_reported_before() -> None:

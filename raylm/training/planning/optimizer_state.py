@@ -68,9 +68,9 @@ def _bytes_of(key: str, shape: tuple[int, ...], hidden: bool) -> int:
     section = OptimizerSection.model_validate_json(key)
     limit = int({**optimizer_row(section.name).options, **section.options}.get("max_precondition_dim", 0))
     total = 0
-    tall = len(shape) > 1 and shape[0] >= shape[1]
+    tall = len(shape) > 1 and shape[-2] >= shape[-1]
     for dimensions, element_size in _slots(key, len(shape), hidden, tall):
-        sizes = [shape[place] if place >= 0 else min(-place, *shape) for place in dimensions]
+        sizes = [shape[place] if place >= 0 else min(-place, *shape[-2:]) for place in dimensions]
         square = len(dimensions) == 2 and dimensions[0] == dimensions[1]
         total += 0 if square and limit and sizes[0] > limit else element_size * math.prod(sizes)
     return total
@@ -85,7 +85,7 @@ def _slots(key: str, ndim: int, hidden: bool, tall: bool) -> tuple[tuple[tuple[i
     sizes = [rank + offset for offset in _OFFSETS[:ndim]]  # all above a rank
     sizes = sizes[::-1] if tall else sizes
     parameter = nn.Parameter(torch.rand(sizes))
-    optimizer: Any = build_optimizer([("0.weight" if hidden else "weight", parameter)], section)
+    optimizer: Any = build_optimizer([("0.experts.weight" if hidden else "weight", parameter)], section)
     parameter.grad = torch.rand_like(parameter)
     optimizer.step()
     found = []
