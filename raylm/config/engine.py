@@ -21,3 +21,8 @@ def check_engine_keys(engine: Mapping[str, Any], reserved: Mapping[str, str]) ->
 def gpus_of_engine(engine: Mapping[str, Any]) -> int:
     """GPUs that one engine computes on, where there are any: of all its tensor and pipeline parallel ranks."""
     return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+
+
+def spans_nodes(engine: Mapping[str, Any]) -> bool:
+    """Whether the ranks of one engine are Ray actors, which may be on several nodes."""
+    return engine.get("distributed_executor_backend") == "ray"

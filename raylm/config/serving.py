@@ -43,8 +43,8 @@ class ModelArgs(Section):
     num_cpus: int = Field(1, ge=1)
     """CPUs of one replica; without GPU also the engine's compute threads when there are several replicas."""
     num_gpus: float | Literal["auto"] = "auto"
-    """GPUs of one replica, all on one node; `auto` is `engine.tensor_parallel_size` times
-    `engine.pipeline_parallel_size`, or 1, where the cluster has GPUs, else 0."""
+    """GPUs of one replica, all on one node unless `engine.distributed_executor_backend` is `ray`; `auto` is
+    `engine.tensor_parallel_size` times `engine.pipeline_parallel_size`, or 1, where the cluster has GPUs, else 0."""
     tool_parser: str = Field("auto", min_length=1)
     """What reads tool calls out of an answer: one of vLLM's parsers by name, `none`, or `auto`: by the chat template,
     where that is unmistakable (docs/serving.md)."""

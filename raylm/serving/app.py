@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from raylm.config.engine import check_engine_keys
+from raylm.config.engine import check_engine_keys, gpus_of_engine, spans_nodes
 from raylm.config.serving import ServeArgs
 from raylm.errors import RaylmError
 from raylm.serving.adapter_survey import resolve_adapters
@@ -13,6 +13,7 @@ from raylm.serving.checks import (
     check_draft,
     check_model,
     check_resources,
+    largest_node,
     replica_gpus,
     warn_of_remote_code,
     warn_without_chat_template,
@@ -51,7 +52,7 @@ def build_app(
 
     if ray.is_initialized():
         resources = ray.cluster_resources()
-        check_resources(models_of(args), resources)
+        check_resources(models_of(args), resources, largest_node(ray.nodes()))
     else:
         # `serve run` builds the application before it connects: this machine stands for the cluster then.
         resources = {"GPU": float(torch.cuda.device_count())}
@@ -168,16 +169,25 @@ _COMMON: dict[str, Any] = {
 def _engine_options(args: ServeArgs, resources: Mapping[str, float], *, alone: bool = True) -> dict[str, Any]:
     """What every deployment of an engine gets. alone: no other model's engine is on the same node."""
     gpus = replica_gpus(args, resources)
+    spread = gpus > 0 and spans_nodes(args.engine)
     return {
         "ray_actor_options": {
             "num_cpus": args.num_cpus,
-            "num_gpus": gpus,
+            "num_gpus": 0 if spread else gpus,
             "runtime_env": {"env_vars": replica_environment(args, on_cpu=gpus == 0, alone=alone)},
         },
         "max_constructor_retry_count": 1,  # an engine that fails once fails again: say why instead
         "graceful_shutdown_timeout_s": args.drain_timeout_s,
+        **(_placement(args.num_cpus, gpus_of_engine(args.engine)) if spread else {}),
         **_COMMON,
     }
+
+
+def _placement(num_cpus: int, gpus: int) -> dict[str, Any]:
+    """A placement group for the replica and the ranks of its engine, which are actors in it with a GPU each: the first
+    beside the replica, the others on as few nodes as may be."""
+    bundles = [{"CPU": num_cpus, "GPU": 1}, *({"GPU": 1} for _ in range(gpus - 1))]
+    return {"placement_group_bundles": bundles, "placement_group_strategy": "PACK"}
 
 
 def _replica_count(args: ServeArgs) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raylm.config.engine import gpus_of_engine
+from raylm.config.engine import gpus_of_engine, spans_nodes
 from raylm.config.serving import ServeArgs
 from raylm.config.speculation import SpeculationSection
 from raylm.errors import ClusterError, ModelError, ServingError
@@ -104,8 +104,27 @@ def replica_gpus(args: ServeArgs, resources: Mapping[str, float]) -> float:
     return float(gpus_of_engine(args.engine)) if resources.get("GPU") else 0.0
 
 
-def check_resources(models: Sequence[ServeArgs], resources: Mapping[str, float]) -> None:
-    """Raises ClusterError when the cluster, whatever else runs on it, is too small for the replicas that start."""
+def largest_node(nodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The most of each resource that one of Ray's living nodes has."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return {kind: max(node.get(kind, 0.0) for node in alive) for kind in ("CPU", "GPU")} if alive else {}
+
+
+def check_resources(
+    models: Sequence[ServeArgs], resources: Mapping[str, float], largest: Mapping[str, float] | None = None
+) -> None:
+    """Raises ClusterError when the cluster, whatever else runs on it, is too small for the replicas that start.
+
+    resources: of the cluster; largest: the most of each that one node has.
+    """
+    for args in models:
+        gpus, there = replica_gpus(args, resources), (resources if largest is None else largest).get("GPU", 0.0)
+        if gpus > there and not spans_nodes(args.engine) and gpus <= resources.get("GPU", 0.0):
+            raise ClusterError(
+                "num_gpus",
+                f"a replica takes {gpus:g} GPUs, and no node has more than {there:g}.",
+                "Set engine.distributed_executor_backend=ray, which spreads the engine's ranks over nodes.",
+            )
     for kind, per_replica in (("CPU", _cpus), ("GPU", lambda args: replica_gpus(args, resources))):
         counts = [(max(args.min_replicas, 1), per_replica(args)) for args in models]
         needed, there = sum(count * each for count, each in counts), resources.get(kind, 0.0)

@@ -5,6 +5,8 @@ The class knows nothing of Serve but the hook `__serve_build_asgi_app__`, which 
 constructor (`serve.ingress` documents it); app.py deploys it.
 """
 
+import asyncio
+import logging
 import os
 import re
 import types
@@ -31,8 +33,12 @@ from raylm.serving.request_checks import check_requests
 from raylm.serving.unserved import refuse_what_the_model_cannot
 from raylm.serving.usage import Metered, watch
 
+logger = logging.getLogger("ray.serve")  # the replica's log
+
 _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
 
+_LOOK_S = 0.25
+_FAREWELL_S = 0.5
 _OPERATORS = ("/scale_elastic_ep", "/is_scaling_elastic_ep")
 
 
@@ -106,7 +112,18 @@ class Replica:
                 yield state
 
         app.router.lifespan_context = lifespan
+        ending = asyncio.create_task(self._end_with_engine())
+        self._exit_stack.callback(ending.cancel)  # before the engine ends as it should
         return app
+
+    async def _end_with_engine(self) -> None:
+        """Ends this process soon after its engine's. Proxy and gateway see that at once and ask another replica; one
+        that still answers, with errors and fast, would be sent more requests than the others."""
+        while not self._engine.errored:
+            await asyncio.sleep(_LOOK_S)
+        logger.error("The engine is dead: this replica ends, and Serve starts another.")
+        await asyncio.sleep(_FAREWELL_S)  # for the answers that say so
+        os._exit(1)
 
     async def _answer_once(self) -> None:
         """One token before any client asks: what fails only in a forward pass fails here."""

@@ -111,7 +111,7 @@ def test_a_killed_replica_costs_only_what_was_in_flight(
         engines = [psutil.Process(engine) for engine in processes(server, "EngineCore")]
         pages = [server.get("/metrics").text for _ in range(12)]
         assert len({re.findall(r'^vllm:num_requests_running{replica="(\w+)"', page, re.M)[0] for page in pages}) == 2
-        begun, failed, killed_at = asyncio.run(load_and_kill(server))
+        begun, failed, killed_at = asyncio.run(load_and_kill(server, "ray::ServeReplica"))
         print(f"{len(failed)} of {len(begun)} failed: {failed}")
         assert len(begun) == 200
         assert 0 < len(failed) <= 16
@@ -124,8 +124,25 @@ def test_a_killed_replica_costs_only_what_was_in_flight(
         assert answers(server)
 
 
-async def load_and_kill(server: Running) -> tuple[list[float], list[tuple[float, str]], float]:
-    """200 requests, 16 at a time; a replica is killed after 60. Gives when each began, and which failed and how."""
+@pytest.mark.parametrize("settings", [[], ["routing=prefix"]], ids=["direct", "gateway"])
+def test_a_dead_engine_is_sent_no_requests_for_long(
+    served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, settings: list[str]
+) -> None:
+    """Its replica would answer each one, with an error and at once, and so look the least busy."""
+    settings = ["dtype=float32", "num_replicas=2", "num_cpus=1", *settings]
+    with running_server(served_model_dir, tmp_path_factory.mktemp("two"), settings) as server:
+        begun, failed, killed_at = asyncio.run(load_and_kill(server, "EngineCore"))
+        print(f"{len(failed)} of {len(begun)} failed: {failed}")
+        print([round(start - killed_at, 2) for start, _ in failed])
+        assert 0 < len(failed) <= 32
+        assert all(start < killed_at + 2 for start, _ in failed)
+        assert all(reason for _, reason in failed)
+        until("no second engine", 120, lambda: len(processes(server, "EngineCore")) == 2)
+        assert answers(server)
+
+
+async def load_and_kill(server: Running, what: str) -> tuple[list[float], list[tuple[float, str]], float]:
+    """200 requests, 16 at a time; a process is killed after 60. Gives when each began, and which failed and how."""
     begun: list[float] = []
     failed: list[tuple[float, str]] = []
     killed_at = 0.0
@@ -137,7 +154,7 @@ async def load_and_kill(server: Running) -> tuple[list[float], list[tuple[float,
             started = time.monotonic()
             begun.append(started)
             if number == 60:
-                os.kill(processes(server, "ray::ServeReplica")[0], signal.SIGKILL)
+                os.kill(processes(server, what)[0], signal.SIGKILL)
                 killed_at = started = time.monotonic()
             try:
                 answer = await client.post(f"{server.url}/v1/completions", json={**LONG, "prompt": [40 + number % 50]})

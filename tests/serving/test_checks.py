@@ -7,19 +7,22 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from ray import serve
 
 from raylm.config.load import load_config
 from raylm.config.serving import ServeArgs, ServeConfig
 from raylm.errors import ClusterError, ConfigError, ModelError, ServingError
-from raylm.serving.app import replica_environment
+from raylm.serving.app import _engine_options, replica_environment
 from raylm.serving.checks import (
     check_draft,
     check_model,
     check_port,
     check_resources,
+    largest_node,
     replica_gpus,
     warn_of_remote_code,
     warn_without_chat_template,
@@ -28,6 +31,7 @@ from raylm.serving.endpoint import engine_reason
 from raylm.serving.engine_args import command_line
 from raylm.serving.processes import no_process_left
 from raylm.serving.proxy import choose_proxy, controller_environment
+from raylm.serving.relay import EngineReplica
 
 
 def write_model(folder: Path, *, template: bool = True, **config: object) -> str:
@@ -107,6 +111,27 @@ def test_replicas_must_fit_the_cluster() -> None:
     with pytest.raises(ClusterError, match="1 replicas of 1 CPUs and 2 replicas of 1 CPUs need 3, the cluster has 2"):
         check_resources([ServeArgs(model="m"), ServeArgs(model="n", num_replicas=2)], {"CPU": 2.0})
     check_resources([ServeArgs(model="m", num_replicas=(0, 8)), ServeArgs(model="n")], {"CPU": 2.0})
+
+
+def test_a_replica_must_fit_a_node_unless_its_ranks_are_actors() -> None:
+    nodes = [
+        {"Alive": alive, "Resources": {"CPU": cpus, "GPU": gpus}}
+        for alive, cpus, gpus in ((True, 8.0, 4.0), (True, 2.0, 8.0), (False, 99.0, 99.0))
+    ]
+    largest = largest_node(nodes)
+    assert largest == {"CPU": 8.0, "GPU": 8.0}
+    there = {"CPU": 10.0, "GPU": 12.0}
+    check_resources([ServeArgs(model="m", engine={"tensor_parallel_size": 8})], there, largest)
+    wide: dict[str, Any] = {"tensor_parallel_size": 6, "pipeline_parallel_size": 2}
+    with pytest.raises(ClusterError, match=r"a replica takes 12 GPUs, and no node has more than 8.*backend=ray"):
+        check_resources([ServeArgs(model="m", engine=wide)], there, largest)
+    spread = ServeArgs(model="m", num_cpus=3, engine={**wide, "distributed_executor_backend": "ray"})
+    check_resources([spread], there, largest)
+    options = serve.deployment(EngineReplica, **_engine_options(spread, there))._replica_config  # type: ignore[attr-defined]
+    assert options.placement_group_bundles == [{"CPU": 3, "GPU": 1}, *[{"GPU": 1}] * 11]
+    assert options.placement_group_strategy == "PACK"
+    assert options.ray_actor_options["num_gpus"] == 0  # the ranks have them
+    assert "placement_group_bundles" not in _engine_options(spread, {"CPU": 10.0})
 
 
 def test_gpus_follow_the_cluster_and_the_tensor_parallel_size() -> None:
