@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 WORKER_REPAIR = "raylm.models.vllm_cpu.CpuRepair"
 """vLLM's `worker_extension_cls` without GPU, where no other is set; speculation samples wrongly without it."""
 _WHERE = "speculation.model"
+_EAGLE3_LEAST_LAYERS = 7
 # Under which of these a configuration counts the layers for multi-token prediction.
 _MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_config")
 
@@ -107,6 +108,8 @@ def speculative_config(
         _warn_of_few_positions(section.model, drafter, config, max_model_len)
     else:
         _check_hidden_size(section.model, drafter, target, config)
+        if section.method == "eagle3":
+            _check_layers(section.model, drafter, target, config)
     return settings
 
 
@@ -165,6 +168,20 @@ def _check_hidden_size(name: str, drafter: Mapping[str, Any], target: str, confi
             _WHERE,
             f"{name} reads hidden states of {takes} numbers, and those of {target} have {gives}.",
             "Give a head that was trained for this model.",
+        )
+
+
+def _check_layers(name: str, drafter: Mapping[str, Any], target: str, config: Mapping[str, Any]) -> None:
+    """EAGLE-3 reads after three layers: where the head does not say which, vLLM takes the third, that in the middle and
+    the last but two, which must differ."""
+    own = drafter.get("eagle_aux_hidden_state_layer_ids") or drafter.get("eagle_config")
+    layers = _text(config).get("num_hidden_layers")
+    if not own and layers is not None and layers < _EAGLE3_LEAST_LAYERS:
+        raise ModelError(
+            _WHERE,
+            f"{name} reads hidden states after three layers, which vLLM takes from models of {_EAGLE3_LEAST_LAYERS} "
+            f"layers and more; {target} has {layers}.",
+            "Set speculation.method=ngram, or draft_model with a draft.",
         )
 
 

@@ -103,6 +103,18 @@ def test_a_head_of_another_width_is_refused(tmp_path: Path, target: Path) -> Non
     assert settings_of(section, target)["method"] == "eagle"
 
 
+def test_an_eagle3_head_needs_a_model_with_three_layers_to_read(tmp_path: Path, target: Path) -> None:
+    build_tiny_model(tmp_path / "head")
+    section = SpeculationSection(method="eagle3", model=str(tmp_path / "head"))
+    with pytest.raises(ModelError, match=r"takes from models of 7 layers and more; .* has 2"):
+        settings_of(section, target)
+    edit(tmp_path / "head" / "config.json", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
+    assert settings_of(section, target)["method"] == "eagle3"
+    edit(tmp_path / "head" / "config.json", eagle_aux_hidden_state_layer_ids=None)
+    edit(target / "config.json", num_hidden_layers=7)
+    assert settings_of(section, target)["method"] == "eagle3"
+
+
 def test_multi_token_prediction_needs_layers_for_it(tmp_path: Path, target: Path) -> None:
     section = SpeculationSection(method="mtp")
     with pytest.raises(ModelError, match="needs a model with layers for multi-token prediction"):
