@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _ROOM_S = 30.0
+_LOCK, _RELEASE_S = "raylm-deploy", 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def deploy_app(config: ServeConfig) -> Deployment:
         )
     check_config(config)
     history.check_storable(config)
-    with _cluster(config.cluster_address):
+    with _cluster(config.cluster_address), _alone():
         former = next(reversed(history.revisions()), None)
         return _replace(config, former, {})
 
@@ -83,7 +84,7 @@ def roll_back(cluster_address: str | None = None) -> Deployment:
     Where nothing runs any more, the former one is that before the last that the cluster remembers. Raises ServingError
     when there is none, or its API key cannot be read here; whatever fails, the cluster goes on remembering.
     """
-    with _cluster(cluster_address):
+    with _cluster(cluster_address), _alone():
         known = history.revisions()
         if len(known) < 2:
             raise ServingError("rollback", "there is no former version.", "Deploy the one you want.")
@@ -104,7 +105,7 @@ def delete(cluster_address: str | None = None) -> None:
     """Ends the application, forgets its history, and ends Serve when nothing else runs on it."""
     from ray import serve
 
-    with _cluster(cluster_address):
+    with _cluster(cluster_address), _alone():
         if _application() is None:
             raise ServingError("cluster", "has nothing deployed.")
         serve.delete(APP_NAME)
@@ -308,6 +309,33 @@ def _cluster(address: str | None) -> Iterator[None]:
         if named or error.where != f"Ray cluster {found}" or isinstance(error, ClusterTokenError):
             raise
         raise none_runs from None  # the record of a cluster that is gone
+
+
+class _Lock:
+    """An actor with a name, which only one can have; it ends with the driver that made it, however that ends."""
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Nobody else changes the application meanwhile. Raises ServingError where somebody does."""
+    import ray
+
+    holder = ray.remote(num_cpus=0)(_Lock).options(name=_LOCK, namespace=_LOCK)
+    deadline = time.monotonic() + _RELEASE_S
+    while True:
+        try:
+            lock = holder.remote()
+            break
+        except ValueError:  # the name is taken
+            if time.monotonic() > deadline:
+                raise ServingError(
+                    "cluster", "another raylm deploy changes the application.", "Wait until it has ended."
+                ) from None
+            time.sleep(_POLL_S)
+    try:
+        yield
+    finally:
+        ray.kill(lock)
 
 
 def _recorded_address() -> str | None:

@@ -23,7 +23,7 @@ from raylm.config.serving import ServeConfig
 from raylm.errors import ConfigError, ModelError, ServingError
 from raylm.serving import delete, deploy_app, deployed, history, roll_back
 from raylm.serving.app import checked_models
-from raylm.serving.deploy import _leaving, _recorded_address
+from raylm.serving.deploy import _alone, _leaving, _recorded_address
 from raylm.serving.endpoint import _recordable
 from raylm.serving.history import Revision, check_storable, prepared
 from raylm.serving.proxy import tls_options
@@ -121,6 +121,27 @@ def test_the_proxy_gets_paths_of_certificates_that_it_finds(monkeypatch: pytest.
     expected = {"ssl_certfile": str(tmp_path / "cert.pem"), "ssl_keyfile": str(tmp_path / "key.pem")}
     assert tls_options(config) == expected
     assert tls_options(ServeConfig(model="m")) == {}
+
+
+def test_only_one_at_a_time_changes_the_application(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of a driver that is gone is gone as well."""
+    with monkeypatch.context() as patched:
+        patched.setattr("raylm.serving.deploy._RELEASE_S", 0.0)
+        with _alone(), pytest.raises(ServingError, match=r"another raylm deploy changes the application\. Wait until"):
+            delete()
+    address = ray_cluster.get_runtime_context().gcs_address
+    holds = f"""
+import os, ray
+ray.init({address!r})
+from raylm.serving.deploy import _alone
+_alone().__enter__()
+os.write(1, b"held")
+os._exit(9)
+"""
+    done = subprocess.run([sys.executable, "-c", holds], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "held", done.stderr
+    with _alone(), pytest.raises(ServingError, match="another raylm deploy"), _alone():
+        pass
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """Requests that schemathesis makes from the server's own OpenAPI: none is answered 5xx, none ends the engine."""
 
+import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,7 +16,7 @@ from schemathesis import GenerationMode
 
 from tests.conftest import command_line
 from tests.serving.request_table import MODEL, completion
-from tests.serving.servers import KEY, Running
+from tests.serving.servers import KEY, Running, running_server
 
 EXAMPLES = 20  # of each operation, valid ones and as many invalid ones
 BODIES = (b"", b"null", b"[]", b"{}", b'"x"', b'{"new_data_parallel_size": 2, "drain_timeout": 1}')
@@ -27,8 +30,24 @@ def engine_of(server: Running) -> int:
     return next(process.pid for process in below if "EngineCore" in command_line(process))
 
 
+@pytest.fixture(scope="module")
+def behind_a_gateway(
+    served_model_dir: Path, two_versions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """With adapters, whose routes are in the schema as well."""
+    folder = tmp_path_factory.mktemp("fuzzed")
+    shutil.copytree(two_versions / "v1", folder / "adapters" / "one")
+    settings = ["dtype=float32", "gateway=always", f"adapters={folder / 'adapters'}"]
+    with running_server(served_model_dir, folder, settings) as server:
+        yield server
+
+
 @pytest.mark.slow
-def test_no_request_of_the_schema_is_answered_5xx_or_ends_the_engine(server: Running) -> None:
+@pytest.mark.parametrize("which", ["server", "behind_a_gateway"])
+def test_no_request_of_the_schema_is_answered_5xx_or_ends_the_engine(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    server: Running = request.getfixturevalue(which)
     engine = engine_of(server)
     raw = server.get("/openapi.json").json()
     schema = schemathesis.openapi.from_dict(raw)
@@ -62,6 +81,8 @@ def test_no_request_of_the_schema_is_answered_5xx_or_ends_the_engine(server: Run
 
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) > 10
+    adapter_routes = [operation for operation in operations if "adapter" in operation.path]
+    assert bool(adapter_routes) == (which == "behind_a_gateway")
     for operation in operations:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             phases = [Phase.generate]
