@@ -131,7 +131,13 @@ def _behind_gateway(
         deployment = serve.deployment(EngineReplica, name=deployment_name(model), **options)
         engines[deployment_name(model)] = versioned(deployment, versions, model).bind(model)
     routes = [
-        Route(deployment_name(model), tuple(names_of(model)), model.routing == "prefix", model.min_replicas == 0)
+        Route(
+            deployment_name(model),
+            tuple(names_of(model)),
+            by_prefix=model.routing == "prefix",
+            may_sleep=model.min_replicas == 0,
+            several=model.max_replicas > 1,
+        )
         for model in models
     ]
     gateway = serve.deployment(

@@ -52,6 +52,8 @@ class Route:
     """Whether calls carry the key of their conversation."""
     may_sleep: bool
     """Whether no replica at all is no fault."""
+    several: bool = False
+    """Whether another replica may answer what one has lost."""
 
 
 class Gateway:
@@ -193,7 +195,7 @@ class GatewayApp:
             await self._pass_on(self._all[0], scope, body, content, send)
 
     async def _pass_on(self, engine: tuple[Route, Any], scope: Message, body: bytes, content: Any, send: Send) -> None:
-        from ray.exceptions import RayError
+        from ray.exceptions import RayActorError, RayError
         from ray.serve.exceptions import BackPressureError, RayServeException
 
         route, handle = engine
@@ -204,11 +206,20 @@ class GatewayApp:
 
         async def send_on(message: Message) -> None:
             nonlocal started
-            started = True
+            started = started or message["type"] == "http.response.start"
             await send(message)
 
-        try:
+        async def ask() -> None:
             await relay(handle.options(**options), request_of(scope, body), send_on)
+
+        try:
+            try:
+                await ask()
+            except RayActorError:
+                if started or not route.several:
+                    raise
+                logger.warning("a replica of %s was lost; another one is asked", route.deployment)
+                await ask()
         except BackPressureError:
             await _respond(
                 send, 429, _error("Too many requests are waiting.", "TooManyRequests", None, 429), retry=True

@@ -6,7 +6,6 @@ constructor (`serve.ingress` documents it); app.py deploys it.
 """
 
 import asyncio
-import logging
 import os
 import re
 import types
@@ -27,18 +26,15 @@ from raylm.serving.asked_name import answer_as_asked, each_request_anew
 from raylm.serving.deathwatch import deathwatch
 from raylm.serving.engine_args import command_line, model_name
 from raylm.serving.guard import GuardSettings, guarded
+from raylm.serving.lost_engine import LostEngine
 from raylm.serving.metrics import OneMetricsPage, Phases, ServePage, own_metrics, replica_id
 from raylm.serving.model_counts import ModelCounts
 from raylm.serving.request_checks import check_requests
 from raylm.serving.unserved import refuse_what_the_model_cannot
 from raylm.serving.usage import Metered, watch
 
-logger = logging.getLogger("ray.serve")  # the replica's log
-
 _ENGINE_ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ERROR [^\]]*\] ([\w.]*(?:Error|Exception)\b.*)$", re.M)
 
-_LOOK_S = 0.25
-_FAREWELL_S = 0.5
 _OPERATORS = ("/scale_elastic_ep", "/is_scaling_elastic_ep")
 
 
@@ -98,7 +94,8 @@ class Replica:
         own = own_metrics(model_name(self._args), self._args.model, self._phases.seconds)
         counts = ModelCounts(model_name(self._args))
         page = OneMetricsPage(each_request_anew(stack), replica_id(), lambda: own + counts.page(), ServePage())
-        app.middleware_stack = Metered(page, self._engine, along=self._guard is None, counts=counts)
+        metered = Metered(page, self._engine, along=self._guard is None, counts=counts)
+        app.middleware_stack = lost = LostEngine(metered, self._engine, hands_over=self._guard is None)
         if self._guard is not None:
             if self._guard.access_log:
                 write_beside_the_replica_log()
@@ -112,18 +109,9 @@ class Replica:
                 yield state
 
         app.router.lifespan_context = lifespan
-        ending = asyncio.create_task(self._end_with_engine())
+        ending = asyncio.create_task(lost.end_with_engine())
         self._exit_stack.callback(ending.cancel)  # before the engine ends as it should
         return app
-
-    async def _end_with_engine(self) -> None:
-        """Ends this process soon after its engine's. Proxy and gateway see that at once and ask another replica; one
-        that still answers, with errors and fast, would be sent more requests than the others."""
-        while not self._engine.errored:
-            await asyncio.sleep(_LOOK_S)
-        logger.error("The engine is dead: this replica ends, and Serve starts another.")
-        await asyncio.sleep(_FAREWELL_S)  # for the answers that say so
-        os._exit(1)
 
     async def _answer_once(self) -> None:
         """One token before any client asks: what fails only in a forward pass fails here."""

@@ -124,20 +124,25 @@ def test_a_killed_replica_costs_only_what_was_in_flight(
         assert answers(server)
 
 
-@pytest.mark.parametrize("settings", [[], ["routing=prefix"]], ids=["direct", "gateway"])
-def test_a_dead_engine_is_sent_no_requests_for_long(
-    served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, settings: list[str]
+@pytest.mark.parametrize("gateway", [False, True], ids=["direct", "gateway"])
+def test_a_dead_engine_of_two_is_sent_no_more_requests(
+    served_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, gateway: bool
 ) -> None:
-    """Its replica would answer each one, with an error and at once, and so look the least busy."""
-    settings = ["dtype=float32", "num_replicas=2", "num_cpus=1", *settings]
+    """Its replica could answer each one, with an error and at once, and so look the least busy: with 16 at a time, 85
+    of 200 failed so. A gateway asks the other replica again, also for what was at work."""
+    settings = ["dtype=float32", "num_replicas=2", "num_cpus=1", *(["routing=prefix"] if gateway else [])]
     with running_server(served_model_dir, tmp_path_factory.mktemp("two"), settings) as server:
+        before = processes(server, "EngineCore")
         begun, failed, killed_at = asyncio.run(load_and_kill(server, "EngineCore"))
         print(f"{len(failed)} of {len(begun)} failed: {failed}")
         print([round(start - killed_at, 2) for start, _ in failed])
-        assert 0 < len(failed) <= 32
-        assert all(start < killed_at + 2 for start, _ in failed)
+        if gateway:
+            assert not failed
+        else:
+            assert 0 < len(failed) <= 24
+        assert all(start < killed_at + 1 for start, _ in failed)
         assert all(reason for _, reason in failed)
-        until("no second engine", 120, lambda: len(processes(server, "EngineCore")) == 2)
+        until("no second engine", 120, lambda: len(set(processes(server, "EngineCore")) - {before[0]}) == 2)
         assert answers(server)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from raylm.config.limits import LimitsSection
 from raylm.serving.access_log import stop_writing, write_to
@@ -120,6 +121,34 @@ def named(name: str, *adapters: str) -> Any:
         await send({"type": "http.response.body", "body": body})
 
     return app
+
+
+@pytest.mark.parametrize(("several", "begins", "status"), [(True, False, 200), (False, False, 503), (True, True, None)])
+def test_what_a_replica_has_lost_another_is_asked(several: bool, begins: bool, status: int | None) -> None:
+    """Unless an answer has begun already, which then breaks off."""
+    asked = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            await send({"type": "raylm.usage", "prompt_tokens": 1, "completion_tokens": 0})
+            if begins:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            raise RayActorError
+        await named("a")(scope, receive, send)
+
+    route = Route("engine-a", ("a",), by_prefix=False, may_sleep=False, several=several)
+    visit = Visit("/v1/completions", b'{"model": "a"}')
+    call = visit.made_of(GatewayApp([(route, Handle(app))], LimitsSection()))
+    if status is None:
+        with pytest.raises(RayActorError):
+            asyncio.run(call)
+        assert asked == 1
+    else:
+        asyncio.run(call)
+        assert [message["status"] for message in visit.sent if "status" in message] == [status]
+        assert asked == (2 if several else 1)
 
 
 @pytest.mark.parametrize(
