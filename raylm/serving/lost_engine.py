@@ -39,11 +39,11 @@ class LostEngine:
             await self._app(scope, receive, self._without_late_errors(send) if self._hands_over else send)
 
     async def _late(self, send: Send) -> None:
-        await self._ending.wait()
-        if not self._hands_over:
+        if not (self._hands_over or self._ending.is_set()):
+            await self._ending.wait()
             body = error_body("The engine was lost.", "ServiceUnavailable", 503)
             await send_json(send, 503, body, [(b"retry-after", b"1")])
-        else:
+        else:  # also what comes at the very end: who has just been told so would be told again and again
             await _for_ever()
 
     def _without_late_errors(self, send: Send) -> Send:
