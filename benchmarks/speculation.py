@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -82,13 +82,18 @@ def compare(urls: Mapping[str, str], *, concurrency: int, rounds: int, max_token
 
 
 def benchmark(
-    kinds: Mapping[str, Mapping[str, Any]], *, concurrencies: tuple[int, ...], rounds: int, max_tokens: int
+    kinds: Mapping[str, Mapping[str, Any]],
+    *,
+    concurrencies: tuple[int, ...],
+    rounds: int,
+    max_tokens: int,
+    dtype: Literal["float32", "auto"],
 ) -> dict[str, Any]:
     """The figures by concurrency; prints a line for each."""
     base = ServeConfig(
         model=SMOLLM2,
         name="model",
-        dtype="float32",
+        dtype=dtype,
         kv_cache_gib=0.5,
         max_model_len=1024,
         engine={"enable_prefix_caching": False},
@@ -125,6 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="*", choices=list(KINDS), default=list(KINDS), help="n-gram with and without off_above"
     )
+    parser.add_argument("--dtype", choices=["float32", "auto"], default="float32", help="auto: as raylm serve takes it")
     parser.add_argument("--draft", help="folder of a draft model to measure as well")
     parser.add_argument("--quick", action="store_true", help="one round")
     options = parser.parse_args()
@@ -137,6 +143,7 @@ def main() -> None:
         concurrencies=tuple(options.concurrencies),
         rounds=1 if options.quick else options.rounds,
         max_tokens=options.max_tokens,
+        dtype=options.dtype,
     )
     print(json.dumps({"speculation": table}))
 
