@@ -175,7 +175,7 @@ def test_other_schedulers_end_with_the_best(sweep_file: Callable[..., Path], tmp
     assert result.best in (0, 1)
     assert set(result.states) <= {"finished", "stopped"}
     assert sum(result.states.values()) == 3
-    trials = read_journal(result.sweep_dir).trials.values()
+    trials = read_journal(Path(result.sweep_dir)).trials.values()
     (worst,) = [trial for trial in trials if trial.settings["optimizer.learning_rate"] == 1e-7]
     assert worst.state == "stopped"
     assert worst.reports[-1].step < 12
