@@ -1,7 +1,7 @@
 """What files, Ray Data and the ledger cost: `raylm generate` against vLLM's `LLM.generate` over the same prompts.
 
 vLLM gets all prompts as token ids in one call; ours reads a file and writes one. Rounds alternate, each in a process of
-its own, and count neither the start of the engine nor the first answers of ours. Also the memory of our driver over the
+its own, and do not count the start of the engine. Also the memory of our driver over the
 rows. Prints a table, and JSON last.
 
     python benchmarks/generate_overhead.py --rows 2000 --rounds 2

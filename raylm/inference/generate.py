@@ -56,8 +56,8 @@ class GenerateResult:
     """Where the answers lie (docs/generate.md) and their counts.
 
     prompts: rows, those included that a former start had done; tokens: of the answers; failed: kind of fault -> rows,
-    which lie in the output with their reason; resumed: rows of former starts; tokens_per_second: of this start, behind
-    the first answers; None where those were all.
+    which lie in the output with their reason; resumed: rows of former starts; tokens_per_second: of this start,
+    from when the first answers were asked for; None where none came.
     """
 
     output: str
@@ -150,7 +150,7 @@ def _generate(config: GenerateConfig, folder: str, files: Sequence[SourceFile], 
                 raise DataError(place, problem, "Mend the row, or set on_error=keep; the same command goes on.")
             answers.add(_batch(found))
             totals = ledger.totals
-            progress.update(totals.rows, totals.tokens, totals.failed.total())
+            progress.update(totals.rows, totals.tokens, totals.failed.total(), found["seconds"])
     return progress.tokens_per_second(ledger.totals.tokens)
 
 

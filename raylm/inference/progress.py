@@ -24,19 +24,18 @@ class Progress:
         self._interval_s, self._clock = interval_s, clock
         self._begun_rows, self._begun_tokens = rows, tokens
         self._last: tuple[float, int, int] = (clock(), rows, tokens)
-        self._first: float | None = None
+        self._begun: float | None = None
 
-    def update(self, rows: int, tokens: int, failed: int) -> str | None:
-        """rows, tokens, failed: done so far, former starts included. Returns the line that it logged, if any.
+    def update(self, rows: int, tokens: int, failed: int, seconds: float) -> str | None:
+        """rows, tokens, failed: done so far, former starts included; seconds: that the latest answers have taken.
+        Returns the line that it logged, if any.
 
-        Loading the engine is no part of the rates: they count from the first answers.
+        Loading the engine is no part of the rates: they count from when the first answers were asked for.
         """
         now = self._clock()
-        if self._first is None:
-            self._first = now
-            self._last = (now, rows, tokens)
-            self._begun_rows, self._begun_tokens = rows, tokens
-            return None
+        if self._begun is None:
+            self._begun = now - seconds
+            self._last = (self._begun, self._begun_rows, self._begun_tokens)
         then, rows_then, tokens_then = self._last
         elapsed = now - then
         if elapsed < self._interval_s:
@@ -45,7 +44,7 @@ class Progress:
         rate = (rows - rows_then) / elapsed
         of = f" of {self.num_rows}" if self.num_rows is not None else ""
         parts = [f"{rows}{of} rows", f"{rate:.1f} rows/s", f"{(tokens - tokens_then) / elapsed:.0f} tokens/s"]
-        overall = (rows - self._begun_rows) / (now - self._first)
+        overall = (rows - self._begun_rows) / (now - self._begun)
         if self.num_rows is not None and overall > 0:
             parts.append(f"about {duration(max(0, self.num_rows - rows) / overall)} left")
         if failed:
@@ -55,10 +54,10 @@ class Progress:
         return line
 
     def tokens_per_second(self, tokens: int) -> float | None:
-        """Of all that came behind the first answers; None where nothing did. tokens: done so far."""
-        if self._first is None or tokens == self._begun_tokens:
+        """Since the first answers were asked for; None where none came. tokens: done so far."""
+        if self._begun is None:
             return None
-        return (tokens - self._begun_tokens) / max(1e-9, self._clock() - self._first)
+        return (tokens - self._begun_tokens) / max(1e-9, self._clock() - self._begun)
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ Several batches are at work at once, each in a thread of its own. A row that can
 import json
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -125,7 +126,7 @@ class Answerer:
 
     def answered(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A row of ANSWERED for a batch of `raylm.inference.reading`. Raises ModelError when the engine has stopped."""
-        file, start = batch["file"], batch["start"]
+        file, start, began = batch["file"], batch["start"], time.monotonic()
         rows = [self._read(file, start + at, raw) for at, raw in enumerate(rows_of(batch))]
         waiting = [row for row in rows if row.error is None]
         while waiting:
@@ -147,6 +148,7 @@ class Answerer:
             "answers": sum(len(output.outputs) for row in rows if not row.error for output in row.made),
             "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
             "tokens": sum(len(one.token_ids) for output in outputs for one in output.outputs),
+            "seconds": time.monotonic() - began,
         }
 
     def _read(self, file: int, place: int, raw: RawRow) -> _Row:
@@ -297,10 +299,11 @@ ANSWERED = pa.schema(
         ("answers", pa.int64()),
         ("prompt_tokens", pa.int64()),
         ("tokens", pa.int64()),
+        ("seconds", pa.float64()),
     ]
 )
 """failed: JSON, kind -> rows; fault: JSON of place and problem of the first row that failed, or
-empty; stopped: why the engine answers nothing more, or empty."""
+empty; stopped: why the engine answers nothing more, or empty; seconds: from the first request to the last answer."""
 
 
 def template_of(config: GenerateConfig, file: SourceFile | None) -> str:

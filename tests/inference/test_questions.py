@@ -235,12 +235,15 @@ def test_seeds_depend_on_the_row_alone_and_leave_room_for_n() -> None:
 def test_progress_speaks_now_and_then_and_knows_what_is_left() -> None:
     now = [0.0]
     progress = Progress(100, rows=40, interval_s=10, clock=lambda: now[0])
-    now[0] = 60.0  # the engine has loaded
-    assert progress.update(50, 1000, 0) is None
+    assert progress.tokens_per_second(0) is None
+    now[0] = 60.0  # the engine was ready at 55
+    assert progress.update(50, 500, 0, 5.0) is None
+    now[0] = 64.0
+    assert progress.update(60, 900, 0, 4.0) is None
     now[0] = 65.0
-    assert progress.update(60, 1500, 0) is None
-    now[0] = 70.0
-    assert progress.update(70, 2000, 3) == ("70 of 100 rows, 2.0 rows/s, 100 tokens/s, about 15 s left, 3 failed")
+    assert progress.update(60, 1000, 3, 4.0) == ("60 of 100 rows, 2.0 rows/s, 100 tokens/s, about 20 s left, 3 failed")
+    now[0] = 75.0
+    assert progress.tokens_per_second(2000) == 100.0
 
 
 def test_max_rows_counts_over_files_whatever_is_done(tmp_path: Path) -> None:

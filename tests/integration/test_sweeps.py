@@ -164,21 +164,24 @@ def test_a_population_copies_checkpoints_and_settings(sweep_file: Callable[..., 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("name", ["hyperband", "median_stop"])
 def test_other_schedulers_end_with_the_best(sweep_file: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    """HyperBand's first bracket, of three trials here, has all the steps; the others are halved."""
     options = {"hyperband": {"reduction_factor": 3, "max_steps": 12}, "median_stop": {"min_trials": 2}}[name]
+    rates = [1e-2, 5e-3, 1e-7, *([4e-3, 2e-7, 3e-7] if name == "hyperband" else [])]
     file = sweep_file(
         search="grid",
         seed=2,  # in this order
-        space={"optimizer.learning_rate": {"choice": [1e-2, 5e-3, 1e-7]}},
+        budget={},
+        space={"optimizer.learning_rate": {"choice": rates}},
         scheduler={"name": name, **options},
     )
     result = raylm.sweep(file)
-    assert result.best in (0, 1)
-    assert set(result.states) <= {"finished", "stopped"}
-    assert sum(result.states.values()) == 3
+    assert result.settings["optimizer.learning_rate"] > 1e-3
+    assert set(result.states) == {"finished", "stopped"}
+    assert sum(result.states.values()) == len(rates)
     trials = read_journal(Path(result.sweep_dir)).trials.values()
-    (worst,) = [trial for trial in trials if trial.settings["optimizer.learning_rate"] == 1e-7]
-    assert worst.state == "stopped"
-    assert worst.reports[-1].step < 12
+    stopped = [trial for trial in trials if trial.state == "stopped"]
+    assert all(trial.reports[-1].step < 12 for trial in stopped)
+    assert any(trial.settings["optimizer.learning_rate"] < 1e-6 for trial in stopped)
 
 
 @pytest.mark.usefixtures("ray_cluster")
