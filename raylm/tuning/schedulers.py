@@ -29,7 +29,7 @@ _NOBODY = SimpleNamespace(get_live_trials=list, search_alg=None)
 """Stands for Tune's controller while the past is told, when nothing can be paused."""
 
 WAITING = ("hyperband", "pbt")
-"""Schedulers that pause trials for others: all of them are made at once, and Tune runs as many as there is room for."""
+"""Schedulers that pause trials for others: these are made beforehand, and Tune runs as many as there is room for."""
 Report = Callable[[int, Mapping[str, Any]], None]
 """Notes what a trial reports, before anything follows from it: (trial, flat result)."""
 Exchange = Callable[[int, int, int], bool]

@@ -18,6 +18,7 @@ from raylm.tuning.trainable import SweepTrial
 HEAD = "node:__internal_head__"
 """The resource that the head node of every Ray cluster has 1 of. Trials' own processes, which only start workers and
 read files, run there; Tune counts trials by their shares of it."""
+_PENDING, _MADE_AT_ONCE = "TUNE_MAX_PENDING_TRIALS_PG", 64
 _TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # it prints though it is told not to
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -46,7 +47,9 @@ def run_on_tune(session: Session, job: SweepJob, extent: Extent, *, concurrency:
     trainable = tune.with_resources(
         tune.with_parameters(SweepTrial, job=job), tune.PlacementGroupFactory([{"CPU": 0, HEAD: share}])
     )
-    with environment_variables(_TUNE_ENVIRONMENT):
+    made = _MADE_AT_ONCE if session.num_trials is None else min(session.num_trials, _MADE_AT_ONCE)
+    pending = {_PENDING: str(made)} if waits else {}  # one, by itself: a bracket's trials would not know each other
+    with environment_variables({**_TUNE_ENVIRONMENT, **pending}):
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
