@@ -48,7 +48,8 @@ def run_on_tune(session: Session, job: SweepJob, extent: Extent, *, concurrency:
         tune.with_parameters(SweepTrial, job=job), tune.PlacementGroupFactory([{"CPU": 0, HEAD: share}])
     )
     made = _MADE_AT_ONCE if session.num_trials is None else min(session.num_trials, _MADE_AT_ONCE)
-    pending = {_PENDING: str(made)} if section.name == "hyperband" else {}  # one, by itself: a bracket's trials would not know each other
+    # One, by itself: the trials of a bracket would not know each other.
+    pending = {_PENDING: str(made)} if section.name == "hyperband" else {}
     with environment_variables({**_TUNE_ENVIRONMENT, **pending}):
         tuner = tune.Tuner(
             trainable,
